@@ -1,0 +1,1 @@
+"""gRPC and OpenAI-compatible HTTP: messages, servicers, status codes."""

@@ -1,0 +1,1 @@
+"""Generated message classes (`make protos`); do not edit."""

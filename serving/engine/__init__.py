@@ -1,0 +1,1 @@
+"""One replica: request states, batching, step plans, executors."""

@@ -1,0 +1,1 @@
+"""KV memory: block allocator and prefix cache."""

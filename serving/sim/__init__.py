@@ -1,0 +1,1 @@
+"""Virtual time: event heap, modelled executor, in-memory transport, fault injection."""
