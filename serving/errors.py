@@ -31,6 +31,10 @@ class RequestExistsError(LumenError):
     """A request of that id is already in progress."""
 
 
+class StreamReplacedError(LumenError):
+    """This stream was cut off because the request was resumed on another one."""
+
+
 class QueueFullError(LumenError):
     """Too many requests wait. `retry_after_s` is a hint for the client."""
 

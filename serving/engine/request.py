@@ -73,6 +73,7 @@ class RequestOutput:
     """A run of tokens of one request, and its end if it ended.
 
     tokens[j] has index start_index + j. `logprobs` is empty or as long as `tokens`.
+    `retriable`: a FAILED end that was the replica's fault, so another attempt may succeed.
     """
 
     request_id: str
@@ -83,3 +84,4 @@ class RequestOutput:
     finish: FinishReason | None = None
     detail: str = ""  # for FAILED and DEADLINE: a sentence
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    retriable: bool = False
