@@ -33,6 +33,7 @@ class Delta:
     """New tokens for the client; the last delta of a stream has `finish` set.
 
     tokens[j] is generated token number start_index + j. Each index is delivered once, in order.
+    attempt: the placement that produced the newest of these tokens, or the end.
     """
 
     start_index: int
@@ -41,6 +42,7 @@ class Delta:
     finish: FinishReason | None = None
     detail: str = ""
     cached_tokens: int = 0
+    attempt: int = 0
 
 
 class TokenStream(Protocol):
@@ -53,7 +55,7 @@ class TokenStream(Protocol):
     request: GenerationRequest
 
     def __aiter__(self) -> AsyncIterator[Delta]:
-        """Deltas until one has `finish`."""
+        """Deltas until one has `finish`. Raises StreamReplacedError if a newer one took over."""
         ...
 
     async def aclose(self) -> None:
