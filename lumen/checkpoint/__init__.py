@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face directories, GGUF files and the native format."""
