@@ -1,0 +1,178 @@
+"""The decoder of the Llama family and its close relatives, in units of layers.
+
+Llama 2/3.x, Mistral, SmolLM2, Qwen2/2.5 (QKV bias), Qwen3 (QK norm). Modules see the shapes of
+one device: under tensor parallelism they run inside `jax.shard_map` and sum over `axis_name`
+themselves. What attention reads and writes is the caller's business: a unit hands q, k, v and an
+opaque arena to an `attend` function.
+
+Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32, everything else
+has the model's dtype; sums inside norms, rotations and activations are in float32.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from lumen.config import ModelConfig
+from lumen.rope import inverse_frequencies, rotate, rotation
+from lumen.sharding import HeadLayout, padded
+
+
+class Attend(Protocol):
+    """Attention of one layer: writes k and v to the arena and returns what q reads from it."""
+
+    def __call__(
+        self, layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Any
+    ) -> tuple[jax.Array, Any]:
+        """Attend.
+
+        q [tokens, q heads, head_dim], k and v [tokens, kv heads, head_dim], rotated and in the
+        model's dtype. Returns the outputs, shaped as q, and the arena. Scores are q·k times
+        head_dim ** -0.5.
+        """
+        ...
+
+
+def project(x: jax.Array, matrix: jax.Array, out_dtype: Any) -> jax.Array:
+    """x [tokens, in] times matrix [out, in] transposed: [tokens, out].
+
+    Accumulates in float32. float32 operands are multiplied as float32, which GPUs and TPUs do
+    not do unless asked.
+    """
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype
+    )
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Scale x [..., n] to unit mean square, times weight float32 [n]; in float32, x's dtype out."""
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight).astype(x.dtype)
+
+
+def _sum_over(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+class Embedding(nnx.Module):
+    """Token ids to hidden states. `table`: [padded vocabulary, hidden]."""
+
+    def __init__(self, config: ModelConfig, heads: HeadLayout, dtype: Any) -> None:
+        shape = (padded(config.vocab_size, heads.tensor), config.hidden_size)
+        self.table = nnx.Param(jnp.zeros(shape, dtype))
+
+    def __call__(self, tokens: jax.Array, axis_name: str | None = None) -> jax.Array:
+        """int32 [tokens], all in the vocabulary, to [tokens, hidden] in the model's dtype."""
+        table = self.table[...]
+        if axis_name is None:
+            return table.at[tokens].get(mode="clip")
+        rows = table.shape[0]
+        local = tokens - lax.axis_index(axis_name) * rows
+        mine = (local >= 0) & (local < rows)
+        found = table.at[jnp.where(mine, local, 0)].get(mode="clip")
+        return _sum_over(jnp.where(mine[:, None], found, 0), axis_name)
+
+
+class DecoderLayer(nnx.Module):
+    """The matrices of one layer, fused: qkv = [q | k | v], gate_up = [gate | up] per device."""
+
+    def __init__(self, config: ModelConfig, heads: HeadLayout, dtype: Any) -> None:
+        hidden, tensor = config.hidden_size, heads.tensor
+        q_width = tensor * heads.q_per_device * config.head_dim
+        kv_width = tensor * heads.kv_per_device * config.head_dim
+        inner = padded(config.intermediate_size, tensor)
+        self.qkv = nnx.Param(jnp.zeros((q_width + 2 * kv_width, hidden), dtype))
+        self.o = nnx.Param(jnp.zeros((hidden, q_width), dtype))
+        self.gate_up = nnx.Param(jnp.zeros((2 * inner, hidden), dtype))
+        self.down = nnx.Param(jnp.zeros((hidden, inner), dtype))
+
+
+class DecoderUnit(nnx.Module):
+    """`config.unit_layers` consecutive decoder layers.
+
+    norms float32 [layers, 2, hidden]: before attention, before the feed-forward block.
+    qkv_bias float32 [layers, qkv rows], if the family has it.
+    qk_norms float32 [layers, 2, head_dim]: of queries, of keys; if the family has them.
+    """
+
+    def __init__(self, config: ModelConfig, heads: HeadLayout, dtype: Any) -> None:
+        self.config = config
+        self.heads = heads
+        layers = config.unit_layers
+        self.layers = nnx.List([DecoderLayer(config, heads, dtype) for _ in range(layers)])
+        self.norms = nnx.Param(jnp.zeros((layers, 2, config.hidden_size), jnp.float32))
+        if config.qkv_bias:
+            rows = heads.tensor * (heads.q_per_device + 2 * heads.kv_per_device) * config.head_dim
+            self.qkv_bias = nnx.Param(jnp.zeros((layers, rows), jnp.float32))
+        if config.qk_norm:
+            self.qk_norms = nnx.Param(jnp.zeros((layers, 2, config.head_dim), jnp.float32))
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        arena: Any,
+        attend: Attend,
+        axis_name: str | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Run the unit's layers.
+
+        hidden [tokens, hidden] in the model's dtype, positions int32 [tokens]; returns the new
+        hidden states and the arena as `attend` left it.
+        """
+        eps = self.config.rms_norm_eps
+        cos, sin = rotation(positions, inverse_frequencies(self.config))
+        norms = self.norms[...]
+        for index, layer in enumerate(self.layers):
+            x = rms_norm(hidden, norms[index, 0], eps)
+            q, k, v = self._queries_keys_values(index, layer, x)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            attended, arena = attend(index, q, k, v, arena)
+            attended = attended.reshape(attended.shape[0], -1)
+            out = project(attended, layer.o[...], hidden.dtype)
+            hidden = hidden + _sum_over(out, axis_name)
+            x = rms_norm(hidden, norms[index, 1], eps)
+            gate, up = jnp.split(project(x, layer.gate_up[...], x.dtype), 2, axis=1)
+            inner = nnx.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            out = project(inner.astype(x.dtype), layer.down[...], hidden.dtype)
+            hidden = hidden + _sum_over(out, axis_name)
+        return hidden, arena
+
+    def _queries_keys_values(
+        self, index: int, layer: DecoderLayer, x: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Project x [tokens, hidden] to q, k, v [tokens, heads, head_dim], normed, not rotated."""
+        config, heads = self.config, self.heads
+        fused = project(x, layer.qkv[...], x.dtype)
+        if config.qkv_bias:
+            fused = (fused.astype(jnp.float32) + self.qkv_bias[index]).astype(x.dtype)
+        fused = fused.reshape(x.shape[0], -1, config.head_dim)
+        ends = (heads.q_per_device, heads.q_per_device + heads.kv_per_device)
+        q, k, v = jnp.split(fused, ends, axis=1)
+        if config.qk_norm:
+            q = rms_norm(q, self.qk_norms[index, 0], config.rms_norm_eps)
+            k = rms_norm(k, self.qk_norms[index, 1], config.rms_norm_eps)
+        return q, k, v
+
+
+class Head(nnx.Module):
+    """Final norm and lm head. `table`: [padded vocabulary, hidden], the embedding's if tied."""
+
+    def __init__(self, config: ModelConfig, heads: HeadLayout, dtype: Any) -> None:
+        self.config = config
+        self.norm = nnx.Param(jnp.zeros((config.hidden_size,), jnp.float32))
+        shape = (padded(config.vocab_size, heads.tensor), config.hidden_size)
+        self.table = nnx.Param(jnp.zeros(shape, dtype))
+
+    def __call__(self, hidden: jax.Array, axis_name: str | None = None) -> jax.Array:
+        """[tokens, hidden] to logits float32 [tokens, vocabulary], whole on every device."""
+        x = rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
+        logits = project(x, self.table[...], jnp.float32)
+        if axis_name is not None:
+            logits = lax.all_gather(logits, axis_name, axis=1, tiled=True)
+        return logits[:, : self.config.vocab_size]
