@@ -19,19 +19,25 @@ _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 
 
+def config_identity(config: ModelConfig) -> bytes:
+    """The configuration as bytes to hash.
+
+    How layers are grouped into units is left out, since it does not change the weights.
+    """
+    identity = dataclasses.asdict(config)
+    del identity["unit_layers"]
+    return json.dumps(identity, sort_keys=True).encode()
+
+
 def fingerprint(
     config: ModelConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]], files: Iterable[Path]
 ) -> str:
     """32 hexadecimal digits of a sha256 over configuration, headers, sizes and samples.
 
     tensors: name to (stored type, shape). files: in an order that does not depend on the
-    directory listing; their paths are not part of the fingerprint. How layers are grouped into
-    units is not part of it either, since it does not change the weights.
+    directory listing; their paths are not part of the fingerprint.
     """
-    digest = hashlib.sha256()
-    identity = dataclasses.asdict(config)
-    del identity["unit_layers"]
-    digest.update(json.dumps(identity, sort_keys=True).encode())
+    digest = hashlib.sha256(config_identity(config))
     digest.update(json.dumps(sorted((n, d, list(s)) for n, (d, s) in tensors.items())).encode())
     for path in files:
         size = path.stat().st_size
