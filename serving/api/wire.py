@@ -311,6 +311,7 @@ def _output_to_pb(output: RequestOutput) -> pb.RequestOutput:
         finish=pb.FINISH_REASON_NONE if output.finish is None else _FINISH_TO_PB[output.finish],
         detail=output.detail,
         cached_tokens=output.cached_tokens,
+        retriable=output.retriable,
     )
 
 
@@ -327,6 +328,7 @@ def _output_from_pb(output: pb.RequestOutput) -> RequestOutput:
         finish=_known(_FINISH_FROM_PB, output.finish, "finish reason"),
         detail=output.detail,
         cached_tokens=output.cached_tokens,
+        retriable=output.retriable,
     )
 
 

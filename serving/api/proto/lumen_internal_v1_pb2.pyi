@@ -206,7 +206,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
-    __slots__ = ("request_id", "attempt", "start_index", "tokens", "logprobs", "finish", "detail", "cached_tokens")
+    __slots__ = ("request_id", "attempt", "start_index", "tokens", "logprobs", "finish", "detail", "cached_tokens", "retriable")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     START_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class RequestOutput(_message.Message):
     FINISH_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETRIABLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     start_index: int
@@ -223,7 +224,8 @@ class RequestOutput(_message.Message):
     finish: FinishReason
     detail: str
     cached_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start_index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    retriable: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start_index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., retriable: _Optional[bool] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("worker_id", "incarnation", "replica", "outputs")

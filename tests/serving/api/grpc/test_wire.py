@@ -1,5 +1,7 @@
 """Every message between gateway and worker survives the wire."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +66,7 @@ OUTPUT = st.builds(
     finish=st.none() | st.sampled_from(FinishReason),
     detail=TEXT,
     cached_tokens=COUNT,
+    retriable=st.booleans(),
 )
 LOAD = st.builds(
     ReplicaLoad,
@@ -139,6 +142,16 @@ TO_GATEWAY = {
 def test_every_message_type_is_tested():
     assert set(TO_WORKER) == set(messages.ToWorker.__args__)
     assert set(TO_GATEWAY) == set(messages.ToGateway.__args__)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [SAMPLING, REQUEST, LOGPROBS, OUTPUT, LOAD, INFO, *TO_WORKER.values(), *TO_GATEWAY.values()],
+    ids=repr,
+)
+def test_every_field_is_varied(strategy):
+    kind, fields = strategy.wrapped_strategy.target, strategy.wrapped_strategy.kwargs
+    assert {field.name for field in dataclasses.fields(kind)} == set(fields)
 
 
 @pytest.mark.parametrize("kind", TO_WORKER)
