@@ -10,7 +10,7 @@ The core is `serving.cluster.gateway_core.GatewayCore(config: GatewayConfig)` wi
 Effects are carried out in order. `now` never goes back.
 
 The shell that runs the core numbers client streams, calls and worker links. Each number is used
-once; a broken link that is built again is a new link. The core never reuses or invents them.
+once and numbers grow; a broken link that is built again is a new link.
 """
 
 from dataclasses import dataclass

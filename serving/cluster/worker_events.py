@@ -9,7 +9,7 @@ Effects are carried out in order. `now` never goes back. Engines are not in this
 runs one EngineCore per replica (a thread with a mailbox each), turns PostToReplica into their
 events and their effects into ReplicaPublished, ReplicaFailed and ReplicaLoaded.
 
-The shell numbers links to gateways; each number is used once.
+The shell numbers links to gateways; each number is used once and numbers grow.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,9 @@ class ReplicaRestored:
 
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
-    """Take nothing new; WorkerDrained follows when nothing runs here."""
+    """Take nothing new; WorkerDrained follows when nothing runs here and all output is
+    acknowledged (or its time to be kept is over).
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class PostToReplica:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDrained:
-    """The worker drains and runs nothing."""
+    """The worker drains, runs nothing and owes no gateway any output."""
 
 
 WorkerEffect = SendToGateway | PostToReplica | WorkerDrained

@@ -1,0 +1,70 @@
+"""What a worker remembers of one attempt: its output until the gateway has it all."""
+
+from dataclasses import dataclass, field
+
+from serving.engine.request import FinishReason, RequestOutput, TokenLogprobs
+
+type AttemptKey = tuple[str, int]  # (request_id, attempt): unique inside a worker
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt that this worker accepted; it runs until `finish` is set.
+
+    tokens[j] has index start_index + j. All of them are kept until the end is acknowledged, so
+    that a gateway that missed a message can ask again.
+    """
+
+    gateway_id: str
+    request_id: str
+    attempt: int
+    replica: int
+    start_index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    detail: str = ""
+    cached_tokens: int = 0
+    retriable: bool = False
+    cancelling: bool = False
+
+    @property
+    def key(self) -> AttemptKey:
+        """How the worker's table and the engine name it."""
+        return (self.request_id, self.attempt)
+
+    @property
+    def next_index(self) -> int:
+        """Index of the token that comes next."""
+        return self.start_index + len(self.tokens)
+
+    def append(self, output: RequestOutput) -> bool:
+        """Keep what the engine published; True if that was the end.
+
+        An engine publishes without gaps and ends once.
+        """
+        assert self.finish is None
+        assert output.start_index == self.next_index
+        self.tokens.extend(output.tokens)
+        self.logprobs.extend(output.logprobs)
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        self.finish = output.finish
+        self.detail = output.detail
+        self.retriable = output.retriable
+        return output.finish is not None
+
+    def since(self, index: int) -> RequestOutput:
+        """Everything from token `index` on, and the end if it ended."""
+        first = min(max(index, self.start_index), self.next_index)
+        skip = first - self.start_index
+        return RequestOutput(
+            request_id=self.request_id,
+            attempt=self.attempt,
+            start_index=first,
+            tokens=tuple(self.tokens[skip:]),
+            logprobs=tuple(self.logprobs[skip:]),
+            finish=self.finish,
+            detail=self.detail,
+            cached_tokens=self.cached_tokens,
+            retriable=self.retriable,
+        )

@@ -1,0 +1,332 @@
+"""The worker core: which attempts run on this host's replicas, and their output until it is safe.
+
+It stands between the gateways' messages, which may be repeated, late or lost, and the engines,
+which see every attempt once.
+"""
+
+from dataclasses import dataclass, replace
+
+from serving.cluster.messages import (
+    AbortRequest,
+    FetchOutput,
+    GatewayHeartbeat,
+    LoadReport,
+    ReplicaInfo,
+    RequestAccepted,
+    RequestUnknown,
+    StepOutputs,
+    SubmitRequest,
+    ToGateway,
+    ToWorker,
+    WorkerHello,
+)
+from serving.cluster.timers import Timers
+from serving.cluster.worker_attempts import Attempt, AttemptKey
+from serving.cluster.worker_events import (
+    DrainWorker,
+    GatewayConnected,
+    GatewayLost,
+    GatewayMessage,
+    PostToReplica,
+    ReplicaFailed,
+    ReplicaLoaded,
+    ReplicaPublished,
+    ReplicaRestored,
+    SendToGateway,
+    WorkerConfig,
+    WorkerDrained,
+    WorkerEffect,
+    WorkerEvent,
+    WorkerTick,
+)
+from serving.engine.events import AddRequest, CancelRequest
+from serving.engine.request import FinishReason, RequestOutput
+from serving.policy.snapshot import ReplicaLoad
+
+type FenceKey = tuple[str, str]  # (gateway_id, request_id)
+type TimerKey = tuple[str, str, str | int]
+
+
+@dataclass(slots=True)
+class Peer:
+    """A gateway that spoke to this worker. `link` is None while it is not connected."""
+
+    link: int | None
+    last_heard: float
+
+
+class WorkerCore:
+    """Accepts attempts, starts them on replicas and keeps their output. Sans I/O."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._replicas = {info.replica: info for info in config.replicas}
+        self._loads = {info.replica: idle_load(info) for info in config.replicas}
+        self._attempts: dict[AttemptKey, Attempt] = {}
+        # The newest attempt heard of, per request: a late repetition of an older message must
+        # not start anything. Outlives the attempt itself.
+        self._fences: dict[FenceKey, int] = {}
+        self._links: dict[int, None] = {}
+        self._peers: dict[str, Peer] = {}
+        self._timers: Timers[TimerKey] = Timers()
+        self._timers.arm(("report", "", 0), 0.0)
+        self._draining = False
+        self._drain_unanswered = False
+        self._effects: list[WorkerEffect] = []
+
+    def next_due(self) -> float | None:
+        """When the next WorkerTick is due, on the clock of `now`."""
+        return self._timers.next_due()
+
+    def handle(self, event: WorkerEvent, now: float) -> list[WorkerEffect]:
+        """Take one event; return what is to be done, in order."""
+        match event:
+            case ReplicaPublished(replica, outputs):
+                self._published(replica, outputs, now)
+            case GatewayMessage(link, message):
+                self._message(link, message, now)
+            case ReplicaLoaded(load):
+                healthy = self._loads[load.replica].healthy and load.healthy
+                self._loads[load.replica] = replace(load, healthy=healthy)
+            case GatewayConnected(link):
+                self._links[link] = None
+                self._report([link])
+            case GatewayLost(link):
+                self._links.pop(link, None)
+                for peer in self._peers.values():
+                    if peer.link == link:
+                        peer.link = None
+            case ReplicaFailed(replica, reason):
+                self._replica_failed(replica, reason, now)
+            case ReplicaRestored(replica):
+                self._loads[replica] = idle_load(self._replicas[replica])
+                self._report(list(self._links))
+            case DrainWorker():
+                self._draining = True
+                self._drain_unanswered = True
+                self._report(list(self._links))
+            case WorkerTick():
+                self._tick(now)
+        if self._drain_unanswered and not self._attempts:
+            self._drain_unanswered = False
+            self._effects.append(WorkerDrained())
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _message(self, link: int, message: ToWorker, now: float) -> None:
+        if link not in self._links:
+            return
+        peer = self._peers.get(message.gateway_id)
+        if peer is None:
+            peer = self._peers[message.gateway_id] = Peer(link, now)
+            self._timers.arm(("gateway", message.gateway_id, 0), now + self._config.gateway_lease_s)
+        peer.last_heard = now
+        # Link numbers grow: the newest one is the one the gateway listens to.
+        peer.link = link if peer.link is None else max(link, peer.link)
+        match message:
+            case SubmitRequest():
+                self._submit(message, now)
+            case AbortRequest(gateway_id, request_id, number):
+                self._raise_fence((gateway_id, request_id), number, now)
+                attempt = self._owned(gateway_id, request_id, number)
+                if attempt is None:
+                    self._send(gateway_id, self._unknown(request_id, number))
+                elif attempt.finish is None:
+                    self._cancel(attempt)
+                else:
+                    self._send_output(attempt, attempt.next_index)
+            case FetchOutput(gateway_id, request_id, number, from_index):
+                attempt = self._owned(gateway_id, request_id, number)
+                if attempt is None:
+                    self._send(gateway_id, self._unknown(request_id, number))
+                elif attempt.finish is None and from_index >= attempt.next_index:
+                    self._send(gateway_id, self._accepted(attempt))
+                else:
+                    self._send_output(attempt, from_index)
+            case GatewayHeartbeat(gateway_id, acknowledged):
+                for request_id, number in acknowledged:
+                    attempt = self._owned(gateway_id, request_id, number)
+                    if attempt is not None and attempt.finish is not None:
+                        self._forget(attempt)
+
+    # Attempts.
+
+    def _submit(self, message: SubmitRequest, now: float) -> None:
+        request = message.request
+        key = (request.request_id, request.attempt)
+        known = self._attempts.get(key)
+        if known is not None and known.gateway_id == message.gateway_id:
+            self._send(message.gateway_id, self._accepted(known))
+            return
+        fence = (message.gateway_id, request.request_id)
+        load = self._loads.get(message.replica)
+        # `known` of another gateway: both named a request alike. A higher attempt number is free.
+        if (
+            known is not None
+            or self._is_fenced(fence, request.attempt)
+            or self._draining
+            or load is None
+            or not load.healthy
+        ):
+            self._send(message.gateway_id, self._unknown(*key))
+            return
+        self._fence_older(message.gateway_id, request.request_id, request.attempt)
+        self._raise_fence(fence, request.attempt, now)
+        attempt = Attempt(
+            message.gateway_id, *key, message.replica, start_index=len(request.emitted)
+        )
+        self._attempts[key] = attempt
+        left = message.deadline_in_s
+        rebased = replace(request, deadline=None if left is None else now + left)
+        self._effects.append(PostToReplica(message.replica, AddRequest(rebased)))
+        self._send(message.gateway_id, self._accepted(attempt))
+
+    def _is_fenced(self, fence: FenceKey, number: int) -> bool:
+        return number <= self._fences.get(fence, 0)
+
+    def _raise_fence(self, fence: FenceKey, number: int, now: float) -> None:
+        self._fences[fence] = max(number, self._fences.get(fence, 0))
+        self._timers.arm(("fence", *fence), now + self._config.retain_ended_s)
+
+    def _fence_older(self, gateway_id: str, request_id: str, number: int) -> None:
+        newest = self._fences.get((gateway_id, request_id), 0)
+        for older in range(newest, 0, -1):
+            attempt = self._owned(gateway_id, request_id, older)
+            if attempt is not None and older < number:
+                self._cancel(attempt)
+
+    def _owned(self, gateway_id: str, request_id: str, number: int) -> Attempt | None:
+        attempt = self._attempts.get((request_id, number))
+        return attempt if attempt is not None and attempt.gateway_id == gateway_id else None
+
+    def _cancel(self, attempt: Attempt) -> None:
+        """Stop it, once; the engine publishes the end."""
+        if attempt.finish is None and not attempt.cancelling:
+            attempt.cancelling = True
+            self._effects.append(PostToReplica(attempt.replica, CancelRequest(*attempt.key)))
+
+    def _forget(self, attempt: Attempt) -> None:
+        del self._attempts[attempt.key]
+        self._timers.disarm(("ended", *attempt.key))
+
+    # Replicas.
+
+    def _published(self, replica: int, outputs: tuple[RequestOutput, ...], now: float) -> None:
+        by_gateway: dict[str, list[RequestOutput]] = {}
+        for output in outputs:
+            attempt = self._attempts.get((output.request_id, output.attempt))
+            if attempt is None or attempt.replica != replica or attempt.finish is not None:
+                continue  # ended here already: its replica failed while this was on its way
+            if attempt.append(output):
+                self._timers.arm(("ended", *attempt.key), now + self._config.retain_ended_s)
+            by_gateway.setdefault(attempt.gateway_id, []).append(output)
+        for gateway_id, mine in by_gateway.items():
+            self._send(gateway_id, self._step_outputs(replica, tuple(mine)))
+
+    def _replica_failed(self, replica: int, reason: str, now: float) -> None:
+        self._loads[replica] = replace(self._loads[replica], healthy=False)
+        lost = tuple(
+            RequestOutput(
+                request_id=attempt.request_id,
+                attempt=attempt.attempt,
+                start_index=attempt.next_index,
+                tokens=(),
+                finish=FinishReason.FAILED,
+                detail=f"Replica {replica} of worker {self._config.worker_id} failed: {reason}",
+                retriable=True,
+            )
+            for attempt in self._attempts.values()
+            if attempt.replica == replica and attempt.finish is None
+        )
+        self._published(replica, lost, now)
+        self._report(list(self._links))
+
+    # Time.
+
+    def _tick(self, now: float) -> None:
+        for kind, first, second in self._timers.pop_due(now):
+            match kind:
+                case "report":
+                    self._timers.arm((kind, first, second), now + self._config.report_interval_s)
+                    self._report(list(self._links))
+                case "ended":
+                    assert isinstance(second, int)
+                    self._forget(self._attempts[first, second])
+                case "fence":
+                    assert isinstance(second, str)
+                    self._fence_due((first, second), now)
+                case "gateway":
+                    self._gateway_due(first, now)
+
+    def _fence_due(self, fence: FenceKey, now: float) -> None:
+        if self._owned(*fence, self._fences[fence]) is None:
+            del self._fences[fence]
+        else:
+            self._timers.arm(("fence", *fence), now + self._config.retain_ended_s)
+
+    def _gateway_due(self, gateway_id: str, now: float) -> None:
+        """The lease of a gateway is over, unless it spoke meanwhile."""
+        due = self._peers[gateway_id].last_heard + self._config.gateway_lease_s
+        if now < due:
+            self._timers.arm(("gateway", gateway_id, 0), due)
+            return
+        del self._peers[gateway_id]
+        for attempt in list(self._attempts.values()):
+            if attempt.gateway_id != gateway_id:
+                continue
+            if attempt.finish is None:
+                self._cancel(attempt)
+            else:
+                self._forget(attempt)
+
+    # Messages out.
+
+    def _report(self, links: list[int]) -> None:
+        config = self._config
+        hello = WorkerHello(
+            config.worker_id,
+            config.incarnation,
+            config.model_id,
+            config.model_revision,
+            config.vocab_size,
+            config.replicas,
+        )
+        loads = tuple(
+            replace(load, draining=load.draining or self._draining) for load in self._loads.values()
+        )
+        report = LoadReport(config.worker_id, config.incarnation, loads)
+        for link in links:
+            self._effects.append(SendToGateway(link, hello))
+            self._effects.append(SendToGateway(link, report))
+
+    def _send(self, gateway_id: str, message: ToGateway) -> None:
+        peer = self._peers.get(gateway_id)
+        if peer is not None and peer.link is not None:
+            self._effects.append(SendToGateway(peer.link, message))
+
+    def _send_output(self, attempt: Attempt, from_index: int) -> None:
+        outputs = (attempt.since(from_index),)
+        self._send(attempt.gateway_id, self._step_outputs(attempt.replica, outputs))
+
+    def _step_outputs(self, replica: int, outputs: tuple[RequestOutput, ...]) -> StepOutputs:
+        return StepOutputs(self._config.worker_id, self._config.incarnation, replica, outputs)
+
+    def _accepted(self, attempt: Attempt) -> RequestAccepted:
+        return RequestAccepted(self._config.worker_id, self._config.incarnation, *attempt.key)
+
+    def _unknown(self, request_id: str, number: int) -> RequestUnknown:
+        return RequestUnknown(self._config.worker_id, self._config.incarnation, request_id, number)
+
+
+def idle_load(info: ReplicaInfo) -> ReplicaLoad:
+    """The load of a replica that has taken no step yet."""
+    return ReplicaLoad(
+        replica=info.replica,
+        running=0,
+        waiting=0,
+        waiting_tokens=0,
+        total_blocks=info.num_blocks,
+        free_blocks=info.num_blocks,
+        cached_blocks=0,
+        block_size=info.block_size,
+    )

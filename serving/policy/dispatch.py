@@ -1,0 +1,90 @@
+"""Dispatch: which replica takes a request. A pure function of what the scheduler knows.
+
+Least loaded first, by memory and by prefill work ahead of the request. The reports are one
+interval old, so requests placed since count as if they were waiting there.
+"""
+
+from dataclasses import dataclass
+
+from serving.policy.snapshot import FleetSnapshot, PlacedRequest, ReplicaLoad
+
+HIGHEST_PRIORITY = 0  # Priority.HIGH; policy imports nothing of the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a request goes, and why in one sentence."""
+
+    worker_id: str
+    replica: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A replica as it will look once it took everything on its way and this request too.
+
+    usage: blocks needed by all of it per block there is; above 1 somebody has to wait.
+    tokens_ahead: context tokens to prefill before this request's own.
+    requests: running, waiting and on their way, without this one.
+    """
+
+    worker_id: str
+    replica: int
+    usage: float
+    tokens_ahead: int
+    requests: int
+
+
+def dispatch(fleet: FleetSnapshot, context_tokens: int, priority: int) -> Placement | None:
+    """The replica for a request of `context_tokens` tokens; None if no replica takes any.
+
+    Replicas where the request finds memory go first. Among those, a request of the highest
+    priority goes where the fewest tokens are ahead of it (its first token comes soonest), any
+    other where most memory is left. Ties are broken by the other of the two, then by requests,
+    worker id and replica number.
+    """
+    forecasts = [
+        forecast(worker.worker_id, load, fleet.placed_since_report, context_tokens)
+        for worker in fleet.workers
+        for load in worker.replicas
+        if load.healthy and not load.draining and load.total_blocks > 0
+    ]
+    if not forecasts:
+        return None
+
+    def order(f: Forecast) -> tuple[bool, float, float, int, str, int]:
+        by = (
+            (float(f.tokens_ahead), f.usage)
+            if priority == HIGHEST_PRIORITY
+            else (f.usage, float(f.tokens_ahead))
+        )
+        return (f.usage > 1.0, *by, f.requests, f.worker_id, f.replica)
+
+    best = min(forecasts, key=order)
+    full = sum(f.usage > 1.0 for f in forecasts)
+    reason = (
+        f"memory use would be {best.usage:.0%} with {best.tokens_ahead} tokens ahead and "
+        f"{best.requests} other requests; {len(forecasts)} candidates, {full} of them full"
+    )
+    return Placement(best.worker_id, best.replica, reason)
+
+
+def forecast(
+    worker_id: str, load: ReplicaLoad, placed: tuple[PlacedRequest, ...], context_tokens: int
+) -> Forecast:
+    """What `load` becomes with the requests placed on it since, and one of `context_tokens`."""
+    on_their_way = [
+        p.context_tokens for p in placed if p.worker_id == worker_id and p.replica == load.replica
+    ]
+    tokens_ahead = load.waiting_tokens + sum(on_their_way)
+    in_use = load.total_blocks - load.free_blocks - load.cached_blocks
+    # One token more than the context: the first one generated needs its place too.
+    blocks = -(-(tokens_ahead + context_tokens + 1) // load.block_size)
+    return Forecast(
+        worker_id=worker_id,
+        replica=load.replica,
+        usage=(in_use + blocks) / load.total_blocks,
+        tokens_ahead=tokens_ahead,
+        requests=load.running + load.waiting + len(on_their_way),
+    )
