@@ -25,9 +25,10 @@ from serving.engine.events import (
 )
 from serving.engine.executor import ExecutorLimits
 from serving.engine.memory import KVMemory
-from serving.engine.plan import LogprobArrays, StepResult
+from serving.engine.plan import StepResult
 from serving.engine.planner import Planner, SubmittedPlan
-from serving.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from serving.engine.request import EngineRequest, FinishReason, RequestOutput
+from serving.engine.token_intake import TokenIntake, mismatch
 from serving.engine.waiting import WaitingQueues
 from serving.errors import InternalError
 from serving.kv.blocks import BlockAccounting
@@ -49,6 +50,7 @@ class EngineCore:
         self._batch = Batch(limits, self._memory)
         self._waiting = WaitingQueues()
         self._planner = Planner(limits, config, self._batch, self._waiting, self._memory)
+        self._intake = TokenIntake(self._memory, self._remove)
         self._requests: dict[tuple[str, int], ActiveRequest] = {}  # in order of arrival
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, ActiveRequest]] = []  # a heap
@@ -191,14 +193,12 @@ class EngineCore:
         if not self._in_flight:
             raise InternalError(f"Step {result.step_id} came back, but none is in flight.")
         submitted = self._in_flight[0]
-        fault = result.error or _mismatch(submitted, result)
+        fault = result.error or mismatch(submitted, result)
         if fault is not None:
             return self._fail(fault)
         self._in_flight.popleft()
         for request, computed in submitted.chunks:
-            if request.row >= 0:
-                self._memory.register(request, computed)
-                request.check_len = min(request.end_len, self._memory.next_check(request))
+            self._intake.computed(request, computed)
         taken = result.tokens.shape[1]
         early = submitted.plan.steps - taken
         if early and submitted.plan.decode_rows.size:
@@ -206,93 +206,13 @@ class EngineCore:
                 if request.state is RequestState.DECODING:
                     self._batch.give_back(request, early)
         if taken == 1:
-            self._take_tokens(submitted.sampling, result, outputs)
+            outputs.extend(self._intake.tokens(submitted.sampling, result))
         elif taken:
-            self._take_runs(submitted.sampling, result, outputs)
+            outputs.extend(self._intake.runs(submitted.sampling, result))
         self._memory.step_collected(submitted.plan.step_id)
         if self.is_idle():
             self._memory.check_idle()
         return None
-
-    def _take_tokens(
-        self, sampling: list[ActiveRequest], result: StepResult, outputs: list[RequestOutput]
-    ) -> None:
-        """One token for each request: the steady state, so every line here counts."""
-        ended = RequestState.ENDED
-        logprobs = result.logprobs
-        tokens: list[int] = result.tokens[:, 0].tolist()
-        for index, (request, token) in enumerate(zip(sampling, tokens, strict=True)):
-            if request.state is ended:
-                continue  # it ended while this step was running
-            context = request.tokens
-            start = len(context) - request.prompt_len
-            context.append(token)
-            finish = None
-            if token in request.stops or len(context) >= request.check_len:
-                finish = self._after_token(request)
-            details: tuple[TokenLogprobs, ...] = ()
-            if logprobs is not None and request.sampling.logprobs is not None:
-                details = (_token_logprobs(logprobs, index, 0, request.sampling.logprobs),)
-            outputs.append(
-                RequestOutput(
-                    request.request_id,
-                    request.attempt,
-                    start,
-                    (token,),
-                    details,
-                    finish,
-                    "",
-                    request.cached_tokens,
-                )
-            )
-
-    def _take_runs(
-        self, sampling: list[ActiveRequest], result: StepResult, outputs: list[RequestOutput]
-    ) -> None:
-        """Several tokens for each request; what follows its end is dropped."""
-        for index, (request, run) in enumerate(zip(sampling, result.tokens.tolist(), strict=True)):
-            if request.state is RequestState.ENDED:
-                continue
-            start = request.generated
-            taken = 0
-            finish = None
-            while finish is None and taken < len(run):
-                request.tokens.append(run[taken])
-                taken += 1
-                finish = self._after_token(request)
-            details: tuple[TokenLogprobs, ...] = ()
-            wanted = request.sampling.logprobs
-            if result.logprobs is not None and wanted is not None:
-                details = tuple(
-                    _token_logprobs(result.logprobs, index, step, wanted) for step in range(taken)
-                )
-            outputs.append(
-                RequestOutput(
-                    request.request_id,
-                    request.attempt,
-                    start,
-                    tuple(run[:taken]),
-                    details,
-                    finish,
-                    "",
-                    request.cached_tokens,
-                )
-            )
-
-    def _after_token(self, request: ActiveRequest) -> FinishReason | None:
-        """Blocks for the prefix cache, and the end of the request if its last token is one."""
-        tokens = request.tokens
-        if request.row >= 0:
-            self._memory.register(request, len(tokens) - 1)
-            request.check_len = min(request.end_len, self._memory.next_check(request))
-        finish = None
-        if tokens[-1] in request.stops and request.generated > request.sampling.min_tokens:
-            finish = FinishReason.STOP
-        elif len(tokens) >= request.end_len:
-            finish = FinishReason.LENGTH
-        if finish is not None:
-            self._remove(request)
-        return finish
 
     def _should_interrupt(self) -> bool:
         """Something new waits, or for blocks, while the oldest plan takes several steps."""
@@ -322,24 +242,3 @@ class EngineCore:
             request = event.request
             return (Fail(self._failure, ((request.request_id, request.attempt),)),)
         return ()
-
-
-def _mismatch(submitted: SubmittedPlan, result: StepResult) -> str | None:
-    """Why a result cannot be the one of the plan, if so."""
-    plan = submitted.plan
-    if result.step_id != plan.step_id:
-        return f"The executor answered step {result.step_id} where {plan.step_id} was expected."
-    rows, taken = result.tokens.shape
-    fewest = 1 if submitted.sampling else 0
-    if rows != len(submitted.sampling) or not fewest <= taken <= plan.steps:
-        return (
-            f"Step {plan.step_id} brought tokens of shape {rows} x {taken} for "
-            f"{len(submitted.sampling)} rows and at most {plan.steps} steps."
-        )
-    return None
-
-
-def _token_logprobs(arrays: LogprobArrays, row: int, step: int, count: int) -> TokenLogprobs:
-    ids: list[int] = arrays.top_ids[row, step, :count].tolist()
-    values: list[float] = arrays.top[row, step, :count].tolist()
-    return TokenLogprobs(float(arrays.chosen[row, step]), tuple(zip(ids, values, strict=True)))

@@ -68,12 +68,15 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), best first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class RequestOutput:
     """A run of tokens of one request, and its end if it ended.
 
     tokens[j] has index start_index + j. `logprobs` is empty or as long as `tokens`.
     `retriable`: a FAILED end that was the replica's fault, so another attempt may succeed.
+
+    A value like the others: nobody changes it. It is not frozen only because one is made per
+    running request and step, and a frozen dataclass takes six times as long to make.
     """
 
     request_id: str

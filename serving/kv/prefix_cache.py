@@ -8,8 +8,7 @@ first, so the leaves of a chain are evicted before what leads to them.
 
 from collections.abc import Sequence
 from hashlib import blake2b
-
-import numpy as np
+from struct import Struct
 
 from serving.kv.blocks import BlockAllocator, BlockState, BlockStateError
 
@@ -25,6 +24,7 @@ class PrefixCache:
         self._allocator = allocator
         self._block_size = block_size
         self._root = blake2b(model_revision.encode(), digest_size=_KEY_BYTES).digest()
+        self._packed = Struct(f"<{block_size}i")
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         allocator.on_evict = self._forget
@@ -42,12 +42,10 @@ class PrefixCache:
         whole = len(tokens) // size
         if whole <= known:
             return
-        data = np.asarray(tokens[known * size : whole * size], "<i4").tobytes()
         parent = chain[-1] if chain else self._root
-        step = 4 * size
-        for start in range(0, len(data), step):
+        for start in range(known * size, whole * size, size):
             block_hash = blake2b(parent, digest_size=_KEY_BYTES)
-            block_hash.update(data[start : start + step])
+            block_hash.update(self._packed.pack(*tokens[start : start + size]))
             parent = block_hash.digest()
             chain.append(parent)
 
