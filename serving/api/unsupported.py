@@ -1,5 +1,6 @@
 """Names of parameters the field knows and we do not offer: refused by name, never ignored."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from serving.api.field_checks import shown
@@ -69,12 +70,8 @@ def refuse_unsupported(fields: Mapping[str, object], understood: Sequence[str]) 
         neutral = UNSUPPORTED_FIELDS[name]
         if value is None or any(_same(value, one) for one in neutral):
             continue
-        instead = f" or send {' or '.join(_json(one) for one in neutral)}" if neutral else ""
+        instead = f" or send {' or '.join(json.dumps(one) for one in neutral)}" if neutral else ""
         raise UnsupportedParameterError(f"{name} is not supported; leave it out{instead}.", name)
-
-
-def _json(value: object) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
 def _same(value: object, neutral: object) -> bool:

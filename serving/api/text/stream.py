@@ -10,7 +10,6 @@ from serving.cluster.generation import Delta, Gateway, GenerationRequest, TokenS
 from serving.engine.request import FinishReason, TokenLogprobs
 from serving.errors import InternalError, InvalidRequestError, UnknownRequestError
 
-
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -54,6 +53,7 @@ class TextDelta:
     finish: FinishReason | None = None
     detail: str = ""
     stop: str | None = None  # the stop string that ended the text
+    attempt: int = 0
 
 
 class TextStream:
@@ -146,6 +146,7 @@ class TextStream:
             finish=finish,
             detail="" if self._matcher.match is not None else delta.detail,
             stop=self._matcher.match,
+            attempt=delta.attempt,
         )
 
     def _spelled(self, token: int) -> str:
