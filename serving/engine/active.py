@@ -50,7 +50,8 @@ class ActiveRequest:
     row, blocks: what it holds while PREFILLING or DECODING. registered: the leading blocks that
         the prefix cache was told about. context, prefilled: what the prefill computes, int32
         [context tokens], and how much of it was planned.
-    last_step: the last plan it took part in before it lost its row.
+    last_step: the last plan it took part in before it lost its row. waiting_tokens: its context
+        when it began to wait.
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class ActiveRequest:
     context: Int32 = field(default_factory=lambda: NO_ROWS)
     prefilled: int = 0
     last_step: int = 0
+    waiting_tokens: int = 0
 
     @property
     def key(self) -> tuple[str, int]:

@@ -96,7 +96,7 @@ class EngineCore:
             replica=self.config.replica,
             running=self._batch.running,
             waiting=len(self._waiting),
-            waiting_tokens=sum(len(request.tokens) for request in self._waiting),
+            waiting_tokens=self._waiting.tokens,
             total_blocks=books.total,
             free_blocks=books.free,
             cached_blocks=books.cached,

@@ -12,9 +12,13 @@ _by_arrival = attrgetter("arrival")
 
 
 class WaitingQueues:
-    """First come, first served in a class; a preempted request returns to its old place."""
+    """First come, first served in a class; a preempted request returns to its old place.
+
+    tokens: context tokens of all that wait, as they were when they came.
+    """
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._queues: dict[Priority, list[ActiveRequest]] = {p: [] for p in Priority}
 
     def __len__(self) -> int:
@@ -35,6 +39,8 @@ class WaitingQueues:
 
     def add(self, request: ActiveRequest) -> None:
         """Put a request at its place by arrival."""
+        request.waiting_tokens = len(request.tokens)
+        self.tokens += request.waiting_tokens
         insort(self._queues[request.priority], request, key=_by_arrival)
 
     def remove(self, request: ActiveRequest) -> None:
@@ -44,9 +50,12 @@ class WaitingQueues:
         if place == len(queue) or queue[place] is not request:
             raise InternalError(f"Request {request.request_id} does not wait.")
         del queue[place]
+        self.tokens -= request.waiting_tokens
 
     def check(self) -> None:
         """Raises InternalError unless every queue is in order and holds what belongs there."""
+        if self.tokens != sum(request.waiting_tokens for request in self):
+            raise InternalError("The number of waiting tokens is wrong.")
         for priority, queue in self._queues.items():
             arrivals = [request.arrival for request in queue]
             if arrivals != sorted(set(arrivals)):
