@@ -50,15 +50,25 @@ class _Assemble(Protocol):
 class Placement:
     """Assembles modules from one source and places them on one mesh.
 
-    Tensors of a file are read once each and cut for every device; those of a `GeneratedSource`
-    are computed where they belong and never touch the host. Holds one module's tensors at a time.
+    Tensors of a file are read once each and cut for every device, one module's at a time. Those of
+    a `GeneratedSource` are computed where they belong and never touch the host. That compiles a
+    program per module kind and device, which pays where device memory is not host memory: by
+    default not on CPUs.
     """
 
-    def __init__(self, source: TensorSource, mesh: Mesh, heads: HeadLayout, dtype: Any) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        mesh: Mesh,
+        heads: HeadLayout,
+        dtype: Any,
+        generate: bool | None = None,
+    ) -> None:
         self._source = source
         self._mesh = mesh
         self._heads = heads
         self._dtype = dtype
+        self._generate = mesh.devices.flat[0].platform != "cpu" if generate is None else generate
         self._programs: dict[tuple[_Assemble, int], Callable[[jax.Array], Parameters]] = {}
 
     def embedding(self, paths: Sequence[Path]) -> Weights:
@@ -87,7 +97,7 @@ class Placement:
     ) -> dict[Path, jax.Array]:
         """Assemble on every device. read_names[i], which `assemble` asks for, means names[i]."""
         devices = list(self._mesh.devices.flat)
-        if isinstance(self._source, GeneratedSource):
+        if self._generate and isinstance(self._source, GeneratedSource):
             salts = np.array([self._source.salt(name) for name in names], np.uint32)
             parts = [
                 self._program(assemble, read_names, index)(jax.device_put(salts, device))
