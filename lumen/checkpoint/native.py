@@ -136,7 +136,7 @@ class NativeSource:
                     f"{path}: {tensor} is {found.dtype.name}{list(found.shape)}, but {MANIFEST} "
                     f"says {dtype}{list(shape)}. Convert the model again."
                 )
-        return tensors
+        return {tensor: tensors[tensor] for tensor in stored}
 
     def _check_files(self, part: str, required: bool) -> None:
         for name, size in self._parts[part].files.items():
