@@ -1,0 +1,54 @@
+"""A lumen-serve of our own on free ports."""
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_READY = re.compile(
+    r"Lumen is ready: (?P<model>\S+) at (?P<http>\S+)/v1 \(OpenAI\) and (?P<grpc>\S+) \(gRPC\)"
+)
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where it listens. http: "http://HOST:PORT"; grpc: "HOST:PORT"."""
+
+    model: str
+    http: str
+    grpc: str
+    process: subprocess.Popen[str]
+
+
+@contextlib.contextmanager
+def running_server(flags: Sequence[str]) -> Iterator[Server]:
+    """Start lumen-serve, wait until it is ready, and stop it in the end.
+
+    Its log goes to our stderr. Raises RuntimeError if it ends before it is ready.
+    """
+    command = [sys.executable, "-m", "serving.launch.serve"]
+    command += ["--http_port=0", "--grpc_port=0", "--check_prompt=", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield _await_ready(process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _await_ready(process: subprocess.Popen[str]) -> Server:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := _READY.match(line):
+            return Server(found["model"], found["http"], found["grpc"], process)
+    raise RuntimeError(
+        f"lumen-serve ended with status {process.wait()} before it was ready; "
+        "its messages above say why."
+    )

@@ -1,0 +1,88 @@
+"""From records to rows and to a table."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from tools.bench.record import RequestRecord
+
+PERCENTILES = (50, 90, 95, 99)
+
+Row = dict[str, Any]
+
+
+def rows_of(name: str, records: Sequence[RequestRecord]) -> list[Row]:
+    """Latency and throughput rows of one load; `name` says which, and starts each row's name.
+
+    Latencies are those of requests without an error; tokens and requests of failed ones are in
+    no throughput.
+    """
+    good = [record for record in records if not record.error]
+    latencies = {
+        "TTFT": [record.ttft_s for record in good if record.arrivals],
+        "ITL": [gap for record in good if record.arrivals for gap in record.itl_s()],
+        "TPOT": [t for record in good if record.arrivals and (t := record.tpot_s) is not None],
+        "end to end": [record.e2e_s for record in good],
+    }
+    rows = [
+        {**row(f"{name}, {what}", "s", samples), "percentiles": percentiles(samples)}
+        for what, samples in latencies.items()
+    ]
+    elapsed = elapsed_s(records)
+    rows.append(row(f"{name}, requests", "1/s", [len(good) / elapsed]))
+    tokens = sum(record.output_tokens for record in good)
+    rows.append(row(f"{name}, output tokens", "1/s", [tokens / elapsed]))
+    errors = Counter(record.error for record in records if record.error)
+    rows.append(
+        {**row(f"{name}, errors", "requests", [errors.total()]), "errors_by_kind": dict(errors)}
+    )
+    return rows
+
+
+def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
+    """One row of a results file; `samples` are raw."""
+    return {
+        "name": name,
+        "unit": unit,
+        "samples": [float(f"{sample:.6g}") for sample in samples],
+        "median": float(f"{np.median(samples):.6g}") if len(samples) else None,
+        "peer": None,
+        "peer_source": None,
+        "floor": None,
+        **more,
+    }
+
+
+def percentiles(samples: Sequence[float]) -> dict[str, float]:
+    """p50 to p99 by linear interpolation; empty for no samples."""
+    if not len(samples):
+        return {}
+    values = np.percentile(np.asarray(samples), PERCENTILES)
+    return {f"p{p}": float(f"{v:.6g}") for p, v in zip(PERCENTILES, values, strict=True)}
+
+
+def elapsed_s(records: Sequence[RequestRecord]) -> float:
+    """From the first start to the last end."""
+    return max(record.ended_at for record in records) - min(r.started_at for r in records)
+
+
+def table_of(title: str, rows: Sequence[Row]) -> Table:
+    """All rows for a person: percentiles where there are many samples, else median and peer."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("what")
+    for column in ("median", *(f"p{p}" for p in PERCENTILES[1:]), "peer", "floor", "unit"):
+        table.add_column(column, justify="right" if column != "unit" else "left")
+    for one in rows:
+        shares = one.get("percentiles", {})
+        cells = [one["median"], *(shares.get(f"p{p}") for p in PERCENTILES[1:])]
+        cells += [one["peer"], one["floor"]]
+        kinds = ", ".join(f"{n} {kind}" for kind, n in one.get("errors_by_kind", {}).items())
+        table.add_row(one["name"], *map(_cell, cells), kinds or one["unit"])
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
