@@ -19,7 +19,6 @@ LOWEST_TEMPERATURE = 0.001  # below, logits divided by it leave what fp32 can te
 HIGHEST_TEMPERATURE = 2.0
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_CHARACTERS = 1024
-MAX_RESUME_LEASE_S = 3600.0
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -40,6 +39,7 @@ class ModelLimits:
     max_model_len: int
     max_logprobs: int = 20
     max_stop_strings: int = 4
+    max_resume_lease_s: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,13 @@ def generation_request(
     limits: ModelLimits,
     defaults: RequestDefaults,
     draw_seed: Callable[[], int],
+    max_tokens_name: str = "max_tokens",
 ) -> GenerationRequest:
     """Build a request from the fields a client set (see REQUEST_FIELDS); null means left out.
 
     prompt: token ids, checked by `token_ids` or made by our tokenizer.
     draw_seed: gives a uint32 when the client chose none.
+    max_tokens_name: what the client calls max_tokens, for errors.
     Raises InvalidRequestError or UnsupportedParameterError.
     """
     refuse_unsupported(fields, REQUEST_FIELDS)
@@ -106,6 +108,7 @@ def generation_request(
             limits=limits,
             defaults=defaults,
             draw_seed=draw_seed,
+            max_tokens_name=max_tokens_name,
         ),
         stop=stop_strings(given.get("stop", ()), limits),
         priority=priority_of(given.get("slo_class", Priority.HIGH)),
@@ -116,7 +119,7 @@ def generation_request(
             given.get("resume_lease_s", defaults.resume_lease_s),
             "resume_lease_s",
             0.0,
-            MAX_RESUME_LEASE_S,
+            limits.max_resume_lease_s,
         ),
     )
 
@@ -128,6 +131,7 @@ def sampling_params(
     limits: ModelLimits,
     defaults: RequestDefaults,
     draw_seed: Callable[[], int],
+    max_tokens_name: str = "max_tokens",
 ) -> SamplingParams:
     """The sampling part of a request; names other than its own are not looked at.
 
@@ -144,11 +148,14 @@ def sampling_params(
         )
     top_k = whole_number(fields.get("top_k", 0), "top_k", -1, limits.vocab_size)
     logprobs = fields.get("logprobs")
-    max_tokens = _max_tokens(fields.get("max_tokens", defaults.max_tokens), prompt_tokens, limits)
+    max_tokens = _max_tokens(
+        fields.get("max_tokens", defaults.max_tokens), prompt_tokens, limits, max_tokens_name
+    )
     min_tokens = whole_number(fields.get("min_tokens", 0), "min_tokens", 0)
     if min_tokens > max_tokens:
         raise InvalidRequestError(
-            f"min_tokens is {min_tokens}; expected at most max_tokens, which is {max_tokens}.",
+            f"min_tokens is {shown(min_tokens)}; expected at most {max_tokens_name}, "
+            f"which is {max_tokens}.",
             "min_tokens",
         )
     stop_ids = sequence(
@@ -233,15 +240,15 @@ def checked_request_id(value: object, parameter: str = "request_id") -> str:
     )
 
 
-def _max_tokens(value: object, prompt_tokens: int, limits: ModelLimits) -> int:
+def _max_tokens(value: object, prompt_tokens: int, limits: ModelLimits, name: str) -> int:
     room = limits.max_model_len - prompt_tokens
     if value is None:
         return room
-    wanted = whole_number(value, "max_tokens", 1)
+    wanted = whole_number(value, name, 1)
     if wanted > room:
         raise InvalidRequestError(
-            f"max_tokens is {wanted} and the prompt has {prompt_tokens} tokens; the model's limit "
-            f"of {limits.max_model_len} for both leaves room for at most {room}.",
-            "max_tokens",
+            f"{name} is {shown(wanted)} and the prompt has {prompt_tokens} tokens; the model's "
+            f"limit of {limits.max_model_len} for both leaves room for at most {room}.",
+            name,
         )
     return wanted

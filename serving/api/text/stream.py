@@ -55,6 +55,11 @@ class TextDelta:
     stop: str | None = None  # the stop string that ended the text
     attempt: int = 0
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return self.usage.cached_tokens
+
 
 class TextStream:
     """One client's view of a request, in text. Iterate once; `aclose()` as for TokenStream.

@@ -23,7 +23,13 @@ LIMITS = ModelLimits(vocab_size=100, max_model_len=32)
 PROMPT = (1, 2, 3)
 
 
-def build(prompt=PROMPT, defaults=OPENAI_COMPLETION_DEFAULTS, request_id="r-1", **fields):
+def build(
+    prompt=PROMPT,
+    defaults=OPENAI_COMPLETION_DEFAULTS,
+    request_id="r-1",
+    max_tokens_name="max_tokens",
+    **fields,
+):
     return generation_request(
         fields,
         request_id=request_id,
@@ -31,6 +37,7 @@ def build(prompt=PROMPT, defaults=OPENAI_COMPLETION_DEFAULTS, request_id="r-1", 
         limits=LIMITS,
         defaults=defaults,
         draw_seed=lambda: 4711,
+        max_tokens_name=named,
     )
 
 
@@ -108,8 +115,8 @@ BAD = [
     ("slo_class", 1, "'interactive', 'batch'"),
     ("deadline_s", 0, "above 0"),
     ("deadline_s", math.nan, "above 0"),
-    ("resume_lease_s", -1, "from 0 to 3600"),
-    ("resume_lease_s", 1e9, "from 0 to 3600"),
+    ("resume_lease_s", -1, "from 0 to 600"),
+    ("resume_lease_s", 1e9, "from 0 to 600"),
 ]
 
 
@@ -119,6 +126,16 @@ def test_bad_values_are_refused_by_name(field, value, says):
         build(**{field: value})
     assert caught.value.parameter == field
     str(caught.value).encode("utf-8")
+
+
+def test_the_length_is_named_as_the_client_named_it():
+    def named(**fields):
+        return build(named="max_completion_tokens", **fields)
+
+    for fields in ({"max_tokens": 30}, {"max_tokens": 0}):
+        with pytest.raises(InvalidRequestError, match=r"^max_completion_tokens is") as caught:
+            named(**fields)
+        assert caught.value.parameter == "max_completion_tokens"
 
 
 def test_whole_floats_are_integers_as_in_json():
