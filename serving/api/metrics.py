@@ -60,7 +60,7 @@ class Observed(Protocol):
 
     @property
     def attempt(self) -> int:
-        """The placement that made the tokens, from 0."""
+        """The placement that made the tokens, from 1; 0 if there was none."""
         ...
 
 
@@ -126,7 +126,7 @@ class ServingMetrics:
     def accepted(self, prompt_tokens: int, arrived: float) -> "RequestObserver":
         """Begin to observe an accepted request. arrived: on the clock of `observe`, seconds."""
         self.attempts.inc()
-        return RequestObserver(self, prompt_tokens, arrived, attempt=0)
+        return RequestObserver(self, prompt_tokens, arrived, attempt=1)
 
     def resumed(self, arrived: float) -> "RequestObserver":
         """Begin to observe a stream attached by Resume: its prompt was counted before."""
@@ -168,10 +168,11 @@ class RequestObserver:
     def observe(self, delta: Observed, now: float) -> None:
         """A delta goes to the client. Tokens of one delta arrive together, with no gap between."""
         metrics = self._metrics
-        if self._attempt is not None and delta.attempt > self._attempt:
-            metrics.attempts.inc(delta.attempt - self._attempt)
-            metrics.resubmissions.inc(delta.attempt - self._attempt)
-        self._attempt = delta.attempt
+        more = 0 if self._attempt is None else max(0, delta.attempt - self._attempt)
+        if more:
+            metrics.attempts.inc(more)
+            metrics.resubmissions.inc(more)
+        self._attempt = max(delta.attempt, self._attempt or 0)
         if delta.tokens:
             if self._first is None:
                 self._first = now

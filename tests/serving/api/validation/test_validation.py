@@ -37,7 +37,7 @@ def build(
         limits=LIMITS,
         defaults=defaults,
         draw_seed=lambda: 4711,
-        max_tokens_name=named,
+        max_tokens_name=max_tokens_name,
     )
 
 
@@ -130,7 +130,7 @@ def test_bad_values_are_refused_by_name(field, value, says):
 
 def test_the_length_is_named_as_the_client_named_it():
     def named(**fields):
-        return build(named="max_completion_tokens", **fields)
+        return build(max_tokens_name="max_completion_tokens", **fields)
 
     for fields in ({"max_tokens": 30}, {"max_tokens": 0}):
         with pytest.raises(InvalidRequestError, match=r"^max_completion_tokens is") as caught:
