@@ -19,6 +19,7 @@ LOWEST_TEMPERATURE = 0.001  # below, logits divided by it leave what fp32 can te
 HIGHEST_TEMPERATURE = 2.0
 MAX_STOP_TOKEN_IDS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_RESUME_LEASE_S = 600.0
 MAX_DEADLINE_S = 7 * 24 * 3600.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -39,7 +40,7 @@ class ModelLimits:
     max_model_len: int
     max_logprobs: int = 20
     max_stop_strings: int = 4
-    max_resume_lease_s: float = 600.0
+    max_resume_lease_s: float = MAX_RESUME_LEASE_S
 
 
 @dataclass(frozen=True, slots=True)
