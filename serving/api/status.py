@@ -11,6 +11,7 @@ from lumen.errors import (
     ModelUnavailableError,
     TokenizerError,
 )
+from serving.engine.request import FinishReason
 from serving.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -94,6 +95,19 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, LumenError):
         return str(error)
     return "an internal error occurred; the server's log has the details"
+
+
+def error_of_end(finish: FinishReason, detail: str) -> LumenError | None:
+    """What an accepted request's end is as an error; None for ends that are no failure.
+
+    A request ends FAILED when no worker could complete it; what a client did wrong was refused
+    before it was accepted.
+    """
+    if finish is FinishReason.FAILED:
+        return UnavailableError(detail or "The request failed; no reason is known.")
+    if finish is FinishReason.DEADLINE:
+        return DeadlineExceededError(detail or "The request's deadline passed.")
+    return None
 
 
 def retry_after_s(error: BaseException) -> float | None:

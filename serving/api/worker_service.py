@@ -1,0 +1,60 @@
+"""The worker's end of the links to gateways: a servicer of `lumen.internal.v1.WorkerLink`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from serving.api import wire
+from serving.api.outbox import Outbox
+from serving.api.proto import lumen_internal_v1_pb2 as pb
+from serving.api.proto import lumen_internal_v1_pb2_grpc as pb_grpc
+from serving.cluster.messages import ToGateway
+from serving.cluster.worker_shell import WorkerShell
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerLinkService(pb_grpc.WorkerLinkServicer):
+    """One gateway per call. Engine code never runs here; see `WorkerShell`."""
+
+    def __init__(self, shell: WorkerShell) -> None:
+        self._shell = shell
+
+    async def Connect(self, request_iterator: AsyncIterator[pb.ToWorker], context: Any) -> None:
+        """Exchange messages until either side goes away; a lost link is told to the core."""
+        outbox: Outbox[ToGateway] = Outbox(f"gateway at {context.peer()}")
+        link = self._shell.gateway_connected(outbox.put)
+        reader = asyncio.create_task(self._read(request_iterator, link, outbox))
+        try:
+            async for message in outbox:
+                await context.write(wire.to_gateway_to_pb(message))
+        finally:
+            self._shell.gateway_lost(link)
+            outbox.close()
+            reader.cancel()
+        await _broken(context, reader)
+
+    async def _read(
+        self,
+        requests: AsyncIterator[pb.ToWorker],
+        link: int,
+        outbox: Outbox[ToGateway],
+    ) -> None:
+        try:
+            async for message in requests:
+                self._shell.gateway_message(link, wire.to_worker_from_pb(message))
+        except Exception:
+            _log.exception("the link from a gateway broke")
+            raise
+        finally:
+            outbox.close()  # which ends the call
+
+
+async def _broken(context: Any, reader: "asyncio.Task[None]") -> None:
+    """End the call with a status unless the gateway said goodbye."""
+    await asyncio.wait([reader])
+    if reader.cancelled() or reader.exception() is not None:
+        await context.abort(grpc.StatusCode.ABORTED, "the worker broke the link; connect again")
