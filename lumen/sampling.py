@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are 0: dividing by them says nothing float32 can hold."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -52,21 +55,29 @@ def sample(
 ) -> jax.Array:
     """Draw one token per row.
 
-    Order and meaning are those of vLLM and Hugging Face: the mask; logits divided by the
-    temperature; top-k (all tokens at least as probable as the k-th best); top-p over what top-k
-    left, renormalised (the fewest best tokens that hold a mass of at least top_p, and those as
-    probable as the last of them); min-p (tokens at least min_p times as probable as the best
-    one); a draw from the rest. Temperature 0 takes the best allowed token.
+    Order and meaning are Hugging Face's: the mask; logits divided by the temperature; top-k (all
+    tokens at least as probable as the k-th best); top-p over what top-k left, renormalised (the
+    fewest best tokens that hold a mass of at least top_p, and those as probable as the last of
+    them); min-p (tokens at least min_p times as probable as the best one); a draw from the rest.
+    Temperature 0 (below GREEDY_BELOW) takes the best allowed token.
 
     logits float32 [rows, vocab], finite; positions int32 [rows], of the tokens being drawn; mask
     as in `sample_greedy`. Returns int32 [rows].
     """
-    greedy = params.temperature <= 0
+    greedy = params.temperature < GREEDY_BELOW
     logits = _allowed(logits, mask)
-    scaled = logits / jnp.where(greedy, 1.0, params.temperature)[:, None]
-    scaled = _truncated(scaled, params, greedy)
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(params.seed, positions, logits.shape[1])
-    return jnp.argmax(scaled + jnp.where(greedy[:, None], 0.0, noise), axis=-1).astype(jnp.int32)
+    scaled = logits - jnp.max(logits, axis=1, keepdims=True)
+    scaled = scaled / jnp.where(greedy, 1.0, params.temperature)[:, None]
+    truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
+    scaled = lax.cond(
+        jnp.any(truncates & ~greedy),
+        lambda: jnp.where(_kept(scaled, params, greedy), scaled, -jnp.inf),
+        lambda: scaled,
+    )
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(params.seed, positions, scaled.shape[1])
+    scores = scaled + jnp.where(greedy[:, None], 0.0, noise)
+    # Without the barrier XLA's CPU backend computes the noise inside the argmax, not vectorised.
+    return jnp.argmax(lax.optimization_barrier(scores), axis=-1).astype(jnp.int32)
 
 
 def token_logprobs(
@@ -98,9 +109,11 @@ def _noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     return jax.random.gumbel(key, (vocab,), jnp.float32)
 
 
-def _truncated(scaled: jax.Array, params: SamplingArrays, greedy: jax.Array) -> jax.Array:
-    """Scaled logits [rows, vocab] with -inf where top-k, top-p and min-p cut."""
-    order = _ordered_bits(scaled)
+def _kept(scaled: jax.Array, params: SamplingArrays, greedy: jax.Array) -> jax.Array:
+    """Which tokens top-k, top-p and min-p leave, bool [rows, vocab]; the best of scaled is 0."""
+    # Barriers keep XLA from computing these again in each of the 32 passes.
+    order = lax.optimization_barrier(_ordered_bits(scaled))
+    ratio = jnp.exp(scaled)
     wants_k = (params.top_k > 0) & ~greedy
     wants_p = (params.top_p < 1) & ~greedy
 
@@ -114,19 +127,18 @@ def _truncated(scaled: jax.Array, params: SamplingArrays, greedy: jax.Array) -> 
         return jnp.zeros(scaled.shape[0], jnp.uint32)
 
     threshold = lax.cond(jnp.any(wants_k), top_k_threshold, no_threshold)
-    best = jnp.max(scaled, axis=1, keepdims=True)
 
     def top_p_threshold() -> jax.Array:
-        weights = jnp.where(order >= threshold[:, None], jnp.exp(scaled - best), 0.0)
-        wanted = jnp.where(wants_p, params.top_p, jnp.inf) * _exact_sum(weights)
+        masses = jnp.where(order >= threshold[:, None], _fixed_point(ratio), jnp.uint32(0))
+        masses = lax.optimization_barrier(masses)
+        wanted = jnp.where(wants_p, params.top_p, jnp.inf) * _sum_fixed_point(masses)
         return _largest_threshold(
-            lambda t: _exact_sum(jnp.where(order >= t[:, None], weights, 0.0)) >= wanted, order
+            lambda t: _sum_fixed_point(jnp.where(order >= t[:, None], masses, 0)) >= wanted, order
         )
 
     threshold = jnp.maximum(threshold, lax.cond(jnp.any(wants_p), top_p_threshold, no_threshold))
-    ratio = jnp.exp(scaled - best)
-    kept = (order >= threshold[:, None]) & (ratio >= params.min_p[:, None])
-    return jnp.where(kept, scaled, -jnp.inf)
+    kept: jax.Array = (order >= threshold[:, None]) & (ratio >= params.min_p[:, None])
+    return kept
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -150,13 +162,16 @@ def _largest_threshold(enough: Callable[[jax.Array], jax.Array], order: jax.Arra
     return threshold
 
 
-def _exact_sum(weights: jax.Array) -> jax.Array:
-    """Sum over the vocabulary of weights in [0, 1], the same in any order of summation.
+def _fixed_point(weights: jax.Array) -> jax.Array:
+    """Weights in [0, 1] as multiples of 2^-24, uint32: their sum is the same in any order."""
+    return jnp.round(weights * 2.0**24).astype(jnp.uint32)
 
-    Rounded to multiples of 2^-24 and summed as integers in two halves, so that 2^19 tokens fit.
-    float32 [rows, vocab] to float32 [rows].
+
+def _sum_fixed_point(masses: jax.Array) -> jax.Array:
+    """Sum over the vocabulary, uint32 [rows, vocab] up to 2^24 each to float32 [rows].
+
+    In two halves that do not overflow with up to 2^19 tokens.
     """
-    fixed = (weights * 2.0**24).astype(jnp.uint32)
-    high = jnp.sum(fixed >> 12, axis=1, dtype=jnp.uint32)
-    low = jnp.sum(fixed & 0xFFF, axis=1, dtype=jnp.uint32)
-    return high.astype(jnp.float32) * 2.0**-12 + low.astype(jnp.float32) * 2.0**-24
+    high = jnp.sum(masses >> 12, axis=1, dtype=jnp.uint32)
+    low = jnp.sum(masses & 0xFFF, axis=1, dtype=jnp.uint32)
+    return high.astype(jnp.float32) * 2.0**12 + low.astype(jnp.float32)
