@@ -1,7 +1,7 @@
 """A token stream as text: incremental, ended by stop strings, the same however it was cut."""
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,7 +97,7 @@ class TextStream:
         """Let go of the stream; safe to call twice and after the end."""
         await self._stream.aclose()
 
-    async def __aiter__(self) -> AsyncIterator[TextDelta]:
+    async def __aiter__(self) -> AsyncGenerator[TextDelta]:
         """Deltas until one has `finish`.
 
         Raises InvalidRequestError if the request ended before token `skip`.

@@ -37,6 +37,8 @@ async def read(stream):
 def whole(tokens, stops, min_tokens):
     """The text before the stop string that is complete first, and whether there is one."""
     decoded = bytes(tokens).decode("utf-8", "replace")
+    if len(tokens) < min_tokens:
+        return decoded, False
     free = bytes(tokens[:min_tokens]).decode("utf-8", "ignore")  # whole characters only
     searched = decoded[len(free) :]
     ends = [
@@ -48,7 +50,7 @@ def whole(tokens, stops, min_tokens):
     return (free + searched[: min(ends)[1]], True) if ends else (decoded, False)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=300)
 @given(
     text=st.text(FEW, max_size=25),
     cut_short=st.integers(0, 3),
