@@ -12,6 +12,8 @@ from typing import Any
 
 from serving.errors import ConfigurationError
 
+DEFAULT_MAX_MODEL_LEN = 4096
+
 SettingValue = bool | int | float | str | None
 
 
@@ -42,8 +44,17 @@ class ModelSettings:
         "SmolLM2-135M-Instruct, fetched once.",
     )
     model_name: str = _setting("", "Name clients use. Empty: the model's own.")
+    max_model_len: int | None = _setting(
+        None,
+        "Longest prompt and output of one request together, in tokens.",
+        int,
+        minimum=2,
+        unset=f"the model's own limit, at most {DEFAULT_MAX_MODEL_LEN}",
+    )
     cache_dir: str = _setting(
-        "~/.cache/lumen", "Folder for converted checkpoints and compiled programs."
+        "",
+        "Folder for converted checkpoints and compiled programs. Empty: lumen in the user's cache "
+        "folder.",
     )
 
 
@@ -77,13 +88,6 @@ class BatchSettings:
     """How much one replica takes on at a time."""
 
     num_rows: int = _setting(16, "Requests a replica runs at once.", minimum=1, maximum=4096)
-    max_model_len: int | None = _setting(
-        None,
-        "Longest prompt and output of one request together, in tokens.",
-        int,
-        minimum=2,
-        unset="the model's own limit, at most 4096",
-    )
     token_budget: int = _setting(
         512, "Tokens of one step; longer prompts are prefilled in chunks.", minimum=1
     )
@@ -234,11 +238,12 @@ def _check_contradictions(config: ServeConfig) -> None:
         )
     if not door.host:
         raise ConfigurationError("--host is empty; name an address, for example 127.0.0.1.")
-    if batching.max_model_len is not None and batching.num_blocks is not None:
+    max_model_len = config.model.max_model_len
+    if max_model_len is not None and batching.num_blocks is not None:
         held = batching.num_blocks * batching.block_size
-        if held < batching.max_model_len:
+        if held < max_model_len:
             raise ConfigurationError(
                 f"--num_blocks={batching.num_blocks} of --block_size={batching.block_size} hold "
                 f"{held} tokens, less than one request of --max_model_len="
-                f"{batching.max_model_len}; raise the one or lower the other."
+                f"{max_model_len}; raise the one or lower the other."
             )

@@ -3,16 +3,15 @@
 import dataclasses
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
-from lumen.default_model import progress_bar
 from lumen.errors import LumenError
-from lumen.model_spec import resolve_model
 from lumen.presets import preset
 from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse, to_flags
+from serving.launch.model import served_model
 from serving.launch.ports import reserve_port
+from serving.launch.progress import progress_display
 from serving.launch.self_check import complete_once
 from serving.launch.supervisor import ChildPlan, Supervisor, say
 
@@ -66,20 +65,20 @@ def prepare_model(config: ServeConfig) -> None:
     if spec is not None and spec.startswith("random:"):
         preset(spec.removeprefix("random:"))
         return
-    say(f"looking for {spec or 'the default model'}.")
-    with progress_bar() as progress:
-        resolve_model(spec, Path(config.model.cache_dir).expanduser(), progress)
+    with progress_display() as progress:
+        served_model(config.model, progress)
 
 
 def child_plans(config: ServeConfig) -> list[ChildPlan]:
     """The worker and the gateway; the gateway is stopped first and drains."""
-    grace_s = config.life.drain_s + CLOSING_S
+    python = (sys.executable, "-m")
+    # The worker is stopped when the gateway has drained, so it has nothing left to wait for.
+    at_once = dataclasses.replace(config, life=dataclasses.replace(config.life, drain_s=0.0))
+    worker = (*python, "serving.launch.worker", *to_flags(at_once, "lumen-worker"))
+    gateway = (*python, "serving.launch.gateway", *to_flags(config, "lumen-gateway"))
     return [
-        ChildPlan(name, (sys.executable, "-m", module, *to_flags(config, program)), grace_s)
-        for name, module, program in (
-            ("worker", "serving.launch.worker", "lumen-worker"),
-            ("gateway", "serving.launch.gateway", "lumen-gateway"),
-        )
+        ChildPlan("worker", worker, CLOSING_S),
+        ChildPlan("gateway", gateway, config.life.drain_s + CLOSING_S),
     ]
 
 

@@ -1,0 +1,45 @@
+"""The model a program serves, resolved from its settings: the same in gateway and worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from lumen.default_model import default_cache_dir
+from lumen.model_spec import ResolvedModel, resolve_model
+from serving.errors import ConfigurationError
+from serving.launch.config import DEFAULT_MAX_MODEL_LEN, ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model, the name clients use for it, and the tokens one request may have in all."""
+
+    model_id: str
+    max_model_len: int
+    resolved: ResolvedModel
+
+
+def served_model(settings: ModelSettings, progress: Progress | None = None) -> ServedModel:
+    """Resolve the model and settle what depends on it; weights are not read.
+
+    Raises ConfigurationError if --max_model_len is beyond the model, and what `resolve_model`
+    raises.
+    """
+    resolved = resolve_model(settings.model or None, cache_dir(settings), progress)
+    limit = resolved.source.config.max_position
+    wanted = settings.max_model_len
+    if wanted is not None and wanted > limit:
+        raise ConfigurationError(
+            f"--max_model_len is {wanted}, but the model goes up to {limit} tokens; lower it."
+        )
+    return ServedModel(
+        settings.model_name or resolved.model_id,
+        wanted if wanted is not None else min(limit, DEFAULT_MAX_MODEL_LEN),
+        resolved,
+    )
+
+
+def cache_dir(settings: ModelSettings) -> Path:
+    """Lumen's cache folder."""
+    return Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
