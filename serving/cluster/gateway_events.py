@@ -24,6 +24,7 @@ from serving.cluster.messages import ToGateway, ToWorker
 class GatewayConfig:
     """Settings of one gateway. Times in seconds.
 
+    gateway_id: new at each start of the process: workers keep what they run per gateway.
     max_queued_requests: accepted requests that may wait for their first token. A request counts
         from acceptance until its first token arrives or it ends; one that had a token and moved
         to another worker never counts again.

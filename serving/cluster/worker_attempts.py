@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from serving.engine.request import FinishReason, RequestOutput, TokenLogprobs
+from serving.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 
 type AttemptKey = tuple[str, int]  # (request_id, attempt): unique inside a worker
 
@@ -16,10 +16,8 @@ class Attempt:
     """
 
     gateway_id: str
-    request_id: str
-    attempt: int
     replica: int
-    start_index: int
+    request: EngineRequest
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -31,12 +29,26 @@ class Attempt:
     @property
     def key(self) -> AttemptKey:
         """How the worker's table and the engine name it."""
-        return (self.request_id, self.attempt)
+        return (self.request.request_id, self.request.attempt)
+
+    @property
+    def start_index(self) -> int:
+        """Index of the first token of this attempt."""
+        return len(self.request.emitted)
 
     @property
     def next_index(self) -> int:
         """Index of the token that comes next."""
         return self.start_index + len(self.tokens)
+
+    def is_repeated_by(self, request: EngineRequest) -> bool:
+        """The same submit again, and not another request that happens to be named alike."""
+        mine = self.request
+        return (mine.prompt, mine.emitted, mine.sampling) == (
+            request.prompt,
+            request.emitted,
+            request.sampling,
+        )
 
     def append(self, output: RequestOutput) -> bool:
         """Keep what the engine published; True if that was the end.
@@ -58,8 +70,8 @@ class Attempt:
         first = min(max(index, self.start_index), self.next_index)
         skip = first - self.start_index
         return RequestOutput(
-            request_id=self.request_id,
-            attempt=self.attempt,
+            request_id=self.request.request_id,
+            attempt=self.request.attempt,
             start_index=first,
             tokens=tuple(self.tokens[skip:]),
             logprobs=tuple(self.logprobs[skip:]),

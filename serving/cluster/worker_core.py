@@ -10,15 +10,9 @@ from serving.cluster.messages import (
     AbortRequest,
     FetchOutput,
     GatewayHeartbeat,
-    LoadReport,
-    ReplicaInfo,
-    RequestAccepted,
-    RequestUnknown,
-    StepOutputs,
     SubmitRequest,
     ToGateway,
     ToWorker,
-    WorkerHello,
 )
 from serving.cluster.timers import Timers
 from serving.cluster.worker_attempts import Attempt, AttemptKey
@@ -39,9 +33,16 @@ from serving.cluster.worker_events import (
     WorkerEvent,
     WorkerTick,
 )
+from serving.cluster.worker_messages import (
+    accepted,
+    hello,
+    idle_load,
+    load_report,
+    step_outputs,
+    unknown,
+)
 from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import FinishReason, RequestOutput
-from serving.policy.snapshot import ReplicaLoad
 
 type FenceKey = tuple[str, str]  # (gateway_id, request_id)
 type TimerKey = tuple[str, str, str | int]
@@ -130,7 +131,7 @@ class WorkerCore:
                 self._raise_fence((gateway_id, request_id), number, now)
                 attempt = self._owned(gateway_id, request_id, number)
                 if attempt is None:
-                    self._send(gateway_id, self._unknown(request_id, number))
+                    self._send(gateway_id, unknown(self._config, (request_id, number)))
                 elif attempt.finish is None:
                     self._cancel(attempt)
                 else:
@@ -138,9 +139,9 @@ class WorkerCore:
             case FetchOutput(gateway_id, request_id, number, from_index):
                 attempt = self._owned(gateway_id, request_id, number)
                 if attempt is None:
-                    self._send(gateway_id, self._unknown(request_id, number))
+                    self._send(gateway_id, unknown(self._config, (request_id, number)))
                 elif attempt.finish is None and from_index >= attempt.next_index:
-                    self._send(gateway_id, self._accepted(attempt))
+                    self._send(gateway_id, accepted(self._config, attempt.key))
                 else:
                     self._send_output(attempt, from_index)
             case GatewayHeartbeat(gateway_id, acknowledged):
@@ -155,12 +156,16 @@ class WorkerCore:
         request = message.request
         key = (request.request_id, request.attempt)
         known = self._attempts.get(key)
-        if known is not None and known.gateway_id == message.gateway_id:
-            self._send(message.gateway_id, self._accepted(known))
+        if (
+            known is not None
+            and known.gateway_id == message.gateway_id
+            and known.is_repeated_by(request)
+        ):
+            self._send(message.gateway_id, accepted(self._config, known.key))
             return
         fence = (message.gateway_id, request.request_id)
         load = self._loads.get(message.replica)
-        # `known` of another gateway: both named a request alike. A higher attempt number is free.
+        # `known`: two requests are named alike. A higher attempt number is free.
         if (
             known is not None
             or self._is_fenced(fence, request.attempt)
@@ -168,18 +173,16 @@ class WorkerCore:
             or load is None
             or not load.healthy
         ):
-            self._send(message.gateway_id, self._unknown(*key))
+            self._send(message.gateway_id, unknown(self._config, key))
             return
         self._fence_older(message.gateway_id, request.request_id, request.attempt)
         self._raise_fence(fence, request.attempt, now)
-        attempt = Attempt(
-            message.gateway_id, *key, message.replica, start_index=len(request.emitted)
-        )
+        attempt = Attempt(message.gateway_id, message.replica, request)
         self._attempts[key] = attempt
         left = message.deadline_in_s
         rebased = replace(request, deadline=None if left is None else now + left)
         self._effects.append(PostToReplica(message.replica, AddRequest(rebased)))
-        self._send(message.gateway_id, self._accepted(attempt))
+        self._send(message.gateway_id, accepted(self._config, attempt.key))
 
     def _is_fenced(self, fence: FenceKey, number: int) -> bool:
         return number <= self._fences.get(fence, 0)
@@ -221,14 +224,14 @@ class WorkerCore:
                 self._timers.arm(("ended", *attempt.key), now + self._config.retain_ended_s)
             by_gateway.setdefault(attempt.gateway_id, []).append(output)
         for gateway_id, mine in by_gateway.items():
-            self._send(gateway_id, self._step_outputs(replica, tuple(mine)))
+            self._send(gateway_id, step_outputs(self._config, replica, tuple(mine)))
 
     def _replica_failed(self, replica: int, reason: str, now: float) -> None:
         self._loads[replica] = replace(self._loads[replica], healthy=False)
         lost = tuple(
             RequestOutput(
-                request_id=attempt.request_id,
-                attempt=attempt.attempt,
+                request_id=attempt.request.request_id,
+                attempt=attempt.request.attempt,
                 start_index=attempt.next_index,
                 tokens=(),
                 finish=FinishReason.FAILED,
@@ -282,22 +285,12 @@ class WorkerCore:
     # Messages out.
 
     def _report(self, links: list[int]) -> None:
-        config = self._config
-        hello = WorkerHello(
-            config.worker_id,
-            config.incarnation,
-            config.model_id,
-            config.model_revision,
-            config.vocab_size,
-            config.replicas,
-        )
         loads = tuple(
             replace(load, draining=load.draining or self._draining) for load in self._loads.values()
         )
-        report = LoadReport(config.worker_id, config.incarnation, loads)
         for link in links:
-            self._effects.append(SendToGateway(link, hello))
-            self._effects.append(SendToGateway(link, report))
+            self._effects.append(SendToGateway(link, hello(self._config)))
+            self._effects.append(SendToGateway(link, load_report(self._config, loads)))
 
     def _send(self, gateway_id: str, message: ToGateway) -> None:
         peer = self._peers.get(gateway_id)
@@ -306,27 +299,4 @@ class WorkerCore:
 
     def _send_output(self, attempt: Attempt, from_index: int) -> None:
         outputs = (attempt.since(from_index),)
-        self._send(attempt.gateway_id, self._step_outputs(attempt.replica, outputs))
-
-    def _step_outputs(self, replica: int, outputs: tuple[RequestOutput, ...]) -> StepOutputs:
-        return StepOutputs(self._config.worker_id, self._config.incarnation, replica, outputs)
-
-    def _accepted(self, attempt: Attempt) -> RequestAccepted:
-        return RequestAccepted(self._config.worker_id, self._config.incarnation, *attempt.key)
-
-    def _unknown(self, request_id: str, number: int) -> RequestUnknown:
-        return RequestUnknown(self._config.worker_id, self._config.incarnation, request_id, number)
-
-
-def idle_load(info: ReplicaInfo) -> ReplicaLoad:
-    """The load of a replica that has taken no step yet."""
-    return ReplicaLoad(
-        replica=info.replica,
-        running=0,
-        waiting=0,
-        waiting_tokens=0,
-        total_blocks=info.num_blocks,
-        free_blocks=info.num_blocks,
-        cached_blocks=0,
-        block_size=info.block_size,
-    )
+        self._send(attempt.gateway_id, step_outputs(self._config, attempt.replica, outputs))
