@@ -150,8 +150,9 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def _largest_threshold(enough: Callable[[jax.Array], jax.Array], order: jax.Array) -> jax.Array:
     """The largest uint32 t per row for which enough(t) holds, 0 if it holds for none.
 
-    Built bit by bit from the top, 32 passes over the logits; a sort of the vocabulary costs more
-    on every backend.
+    Built bit by bit from the top, in 32 passes over the logits. Beside a sort of the vocabulary
+    that is 5 to 15 times faster on a CPU (16 rows of 49,152) and about even on an H200 (faster at
+    32 rows of 128,256 and fewer, slower at 256).
     """
 
     def try_bit(i: jax.Array, t: jax.Array) -> jax.Array:
