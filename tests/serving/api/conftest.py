@@ -46,6 +46,7 @@ class ScriptedStream:
         running = self._running
         while True:
             if self._gateway.hold_at is not None and self._next >= self._gateway.hold_at:
+                self._gateway.held.set()
                 await running.aborted.wait()
             if running.aborted.is_set():
                 yield Delta(self._next, (), finish=FinishReason.CANCELLED)
@@ -88,6 +89,7 @@ class ScriptedGateway:
         self.finish = FinishReason.STOP
         self.detail = ""
         self.hold_at: int | None = None
+        self.held = asyncio.Event()
         self.refusal: LumenError | None = None
         self.cached_tokens = 0
         self.ready = True
@@ -134,6 +136,10 @@ class ScriptedGateway:
             workers=(),
             fleet=self.fleet,
         )
+
+    async def until_held(self) -> None:
+        """Wait until a stream waits at `hold_at`."""
+        await self.held.wait()
 
     def forget_aborts(self, run: int) -> None:
         """Let every request be read again, in runs of that many tokens."""
