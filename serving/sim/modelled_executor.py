@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from serving.engine.executor import ExecutorLimits
-from serving.engine.plan import Int32, LogprobArrays, StepPlan, StepResult, UInt32
+from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, StepPlan, StepResult, UInt32
 from serving.engine.request import SamplingParams
 from serving.errors import ExecutorError
 from serving.sim.footprint import Footprints, RowTables
@@ -98,9 +98,9 @@ class ModelledExecutor:
         del self._durations[plan.step_id]
         steps = plan.steps if self._end_after is None else min(plan.steps, self._end_after)
         self._end_after = None
-        empty = np.zeros((0, 0), np.int32)
         if self._failure is not None:
-            return StepResult(plan.step_id, empty[0:0, 0], empty, error=self._failure)
+            nothing = np.zeros((0, 0), np.int32)
+            return StepResult(plan.step_id, NO_ROWS, nothing, error=self._failure)
         result = self._run(plan, steps)
         self._footprints.collected(plan, result.tokens.shape[1])
         return result

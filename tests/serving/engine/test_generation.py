@@ -1,0 +1,310 @@
+"""One request after another: limits, stops, masks, chunks, logprobs, ends."""
+
+import numpy as np
+import pytest
+
+from serving.engine.config import EngineConfig
+from serving.engine.events import StepDone
+from serving.engine.plan import NO_ROWS, StepResult
+from serving.engine.request import FinishReason, Priority
+from serving.errors import ConfigurationError, InternalError
+
+EOS = 7
+
+
+def test_a_request_gets_the_reference_tokens(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(10), max_tokens=12)
+    driver.run()
+    driver.assert_as_reference("a")
+    assert driver.ends["a"] is FinishReason.LENGTH
+    assert len(driver.tokens["a"]) == 12
+    driver.assert_at_rest()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_chunked_and_whole_prefill_agree(make_driver, make_prompt, chunk, depth):
+    driver = make_driver(
+        limits={"max_prefill_tokens": chunk}, config={"pipeline_depth": depth}, eos_every=30
+    )
+    for index in range(6):
+        driver.add(f"r{index}", make_prompt(5 + 7 * index, index), max_tokens=15)
+    driver.run()
+    driver.assert_as_reference()
+    longest = max(piece.tokens.size for plan in driver.plans for piece in plan.prefills)
+    assert longest == min(chunk, 40)
+
+
+def test_the_step_budget_bounds_decodes_and_chunks_together(make_driver, make_prompt):
+    driver = make_driver(config={"max_step_tokens": 6})
+    for index in range(4):
+        driver.add(f"r{index}", make_prompt(12, index), max_tokens=10)
+    driver.run()
+    driver.assert_as_reference()
+    used = [
+        plan.decode_rows.size + sum(chunk.tokens.size for chunk in plan.prefills)
+        for plan in driver.plans
+    ]
+    assert max(used) == 6
+
+
+def test_a_plan_has_no_more_prefills_than_the_executor_takes(make_driver, make_prompt):
+    driver = make_driver(limits={"max_prefills": 2, "max_prefill_tokens": 30})
+    for index in range(4):
+        driver.add(f"r{index}", make_prompt(5, index))
+    driver.run()
+    driver.assert_as_reference()
+    assert max(len(plan.prefills) for plan in driver.plans) == 2
+
+
+def test_model_end_tokens_stop_unless_ignored(make_driver, make_prompt):
+    driver = make_driver(eos_every=4)
+    driver.add("stops", make_prompt(6), max_tokens=50)
+    driver.add("runs on", make_prompt(6), max_tokens=50, ignore_eos=True)
+    driver.run()
+    driver.assert_as_reference()
+    assert driver.ends["stops"] is FinishReason.STOP
+    assert driver.tokens["stops"][-1] == EOS
+    assert EOS in driver.tokens["runs on"]
+    assert driver.ends["runs on"] is FinishReason.LENGTH
+    assert len(driver.tokens["runs on"]) == 50
+
+
+def test_own_stop_tokens_stop_even_when_the_models_are_ignored(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("free", make_prompt(6), max_tokens=20, ignore_eos=True)
+    driver.run()
+    stop = driver.tokens["free"][7]
+    first = driver.tokens["free"].index(stop)
+    driver.add("a", make_prompt(6), max_tokens=20, ignore_eos=True, stop_token_ids=(stop,))
+    driver.run()
+    assert driver.tokens["a"] == driver.tokens["free"][: first + 1]
+    assert driver.ends["a"] is FinishReason.STOP
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_min_tokens_masks_every_stop(make_driver, make_prompt, depth):
+    driver = make_driver(config={"pipeline_depth": depth}, eos_every=2)
+    for index in range(4):
+        driver.add(
+            f"r{index}",
+            make_prompt(6, index),
+            max_tokens=30,
+            min_tokens=6,
+            stop_token_ids=tuple(range(20, 60)),
+        )
+    driver.run()
+    driver.assert_as_reference()
+    for tokens in driver.tokens.values():
+        assert len(tokens) > 6
+        assert not set(tokens[:6]) & {EOS, *range(20, 60)}
+    masked = sum(len(plan.masks) for plan in driver.plans)
+    assert masked == 4 * 6  # the first six samples of each, and no more
+
+
+def test_no_mask_is_sent_when_nothing_could_stop_the_request(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(6), min_tokens=5, ignore_eos=True)
+    driver.run()
+    assert not any(plan.masks for plan in driver.plans)
+
+
+def test_the_context_ends_at_the_models_limit(make_driver, make_prompt):
+    driver = make_driver(limits={"max_model_len": 30})
+    driver.add("a", make_prompt(20), max_tokens=1000, ignore_eos=True)
+    driver.run()
+    assert driver.ends["a"] is FinishReason.LENGTH
+    assert len(driver.tokens["a"]) == 10
+
+
+def test_the_context_ends_where_the_arena_is_full(make_driver, make_prompt):
+    driver = make_driver(limits={"num_blocks": 6})
+    driver.add("a", make_prompt(20), max_tokens=1000, ignore_eos=True)
+    driver.run()
+    assert driver.ends["a"] is FinishReason.LENGTH
+    assert len(driver.tokens["a"]) == 4
+    driver.assert_as_reference("a")
+
+
+@pytest.mark.parametrize("length", [0, 64, 100])
+def test_a_prompt_that_cannot_fit_fails_with_a_sentence(make_driver, make_prompt, length):
+    driver = make_driver()
+    driver.add("a", make_prompt(length))
+    assert driver.ends["a"] is FinishReason.FAILED
+    assert driver.details["a"].endswith(".")
+    assert ("63" in driver.details["a"]) == (length > 0)
+    driver.assert_at_rest()
+
+
+def test_masking_the_whole_vocabulary_fails_with_a_sentence(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(4), min_tokens=1, stop_token_ids=tuple(range(97)))
+    assert driver.ends["a"] is FinishReason.FAILED
+    assert "stop_token_ids" in driver.details["a"]
+
+
+def test_a_later_attempt_continues_where_the_earlier_one_ended(make_driver, make_prompt):
+    whole = make_driver()
+    whole.add("a", make_prompt(9), max_tokens=20, min_tokens=12, temperature=1.0, seed=5)
+    whole.run()
+    for kept in (1, 7, 19):
+        driver = make_driver()
+        driver.add(
+            "a",
+            make_prompt(9),
+            emitted=whole.tokens["a"][:kept],
+            attempt=2,
+            max_tokens=20,
+            min_tokens=12,
+            temperature=1.0,
+            seed=5,
+        )
+        driver.run()
+        assert driver.tokens["a"] == whole.tokens["a"]
+        assert sum(len(plan.masks) for plan in driver.plans) == max(12 - kept, 0)
+
+
+def test_an_attempt_that_was_complete_ends_at_once(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("full", make_prompt(4), emitted=[10, 11, 12], max_tokens=3)
+    driver.add("stopped", make_prompt(4), emitted=[10, EOS], max_tokens=9)
+    driver.add("masked", make_prompt(4), emitted=[10, EOS], max_tokens=9, min_tokens=2)
+    assert driver.ends == {"full": FinishReason.LENGTH, "stopped": FinishReason.STOP}
+    driver.run()
+    assert driver.tokens["full"] == [10, 11, 12]
+
+
+def test_logprobs_are_those_of_the_step_that_drew_the_token(make_driver, make_prompt):
+    for depth, steps in ((1, 1), (2, 1), (1, 4), (2, 4)):
+        driver = make_driver(config={"pipeline_depth": depth, "decode_steps": steps})
+        driver.add("two", make_prompt(9), max_tokens=9, logprobs=2)
+        driver.add("chosen", make_prompt(5, 1), max_tokens=9, logprobs=0)
+        driver.add("none", make_prompt(7, 2), max_tokens=9)
+        driver.run()
+        function = driver.executor.function
+        for name, count in (("two", 2), ("chosen", 0)):
+            request = driver.requests[name]
+            context = [*request.prompt, *driver.tokens[name]]
+            expected = [
+                function.logprobs(
+                    np.array(context[: len(request.prompt) + i], np.int32), request.sampling, count
+                )
+                for i in range(9)
+            ]
+            assert driver.logprobs[name] == expected
+        assert driver.logprobs["none"] == []
+
+
+def test_deadlines_end_requests_wherever_they_are(make_driver, make_prompt):
+    driver = make_driver()
+    driver.now = 5.0
+    driver.add("late", make_prompt(4), deadline=5.0)
+    assert driver.ends["late"] is FinishReason.DEADLINE
+    for index in range(4):
+        driver.add(f"runs{index}", make_prompt(4, index), max_tokens=40, deadline=9.0)
+    driver.add("waits", make_prompt(4), deadline=8.0)
+    driver.add("in time", make_prompt(4), max_tokens=3, deadline=50.0)
+    for _ in range(6):
+        driver.step()
+    driver.now = 8.0
+    driver.plan()
+    assert driver.ends["waits"] is FinishReason.DEADLINE
+    driver.now = 9.5
+    driver.collect()
+    assert all(driver.ends[f"runs{index}"] is FinishReason.DEADLINE for index in range(4))
+    assert "after 6 tokens" in driver.details["runs0"]
+    driver.run()
+    assert driver.ends["in time"] is FinishReason.LENGTH
+    driver.assert_at_rest()
+
+
+def test_a_repeated_message_changes_nothing(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(5))
+    assert driver.add("a", make_prompt(5)) == []
+    driver.run()
+    driver.assert_as_reference("a")
+
+
+def test_two_attempts_of_one_request_are_two_requests(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(5), attempt=1)
+    driver.cancel("a")
+    del driver.ends["a"]
+    driver.add("a", make_prompt(5), attempt=2)
+    driver.run()
+    driver.assert_as_reference("a")
+
+
+def test_load_tells_what_runs_and_waits(make_driver, make_prompt):
+    driver = make_driver(config={"replica": 3})
+    for index in range(6):
+        driver.add(f"r{index}", make_prompt(6, index))
+    load = driver.core.load()
+    assert (load.replica, load.running, load.waiting, load.waiting_tokens) == (3, 0, 6, 36)
+    for _ in range(3):
+        driver.step()
+    load = driver.core.load()
+    assert (load.running, load.waiting, load.waiting_tokens, load.steps) == (4, 2, 12, 3)
+    assert load.total_blocks == 24
+    assert load.block_size == 4
+    assert load.free_blocks + load.cached_blocks == 24 - driver.books().in_use
+    driver.run()
+    assert driver.core.load().waiting_tokens == 0
+
+
+def test_an_executor_error_loses_everything_and_kills_the_core(make_driver, make_prompt):
+    for depth in (1, 2):
+        driver = make_driver(config={"pipeline_depth": depth})
+        for index in range(5):
+            driver.add(f"r{index}", make_prompt(6, index), priority=Priority.LOW)
+        driver.add("high", make_prompt(6))
+        driver.step()
+        while driver.plan():
+            pass
+        driver.executor.fail("the device is gone")
+        driver.collect()
+        (fail,) = driver.fails
+        assert fail.reason == "the device is gone"
+        assert fail.requests_lost == (*((f"r{i}", 1) for i in range(5)), ("high", 1))
+        assert not driver.core.load().healthy
+        driver.assert_at_rest()
+        (answer,) = driver.add("new", make_prompt(3))
+        assert answer.requests_lost == (("new", 1),)
+        assert driver.plan() is None
+
+
+def test_a_result_of_another_plan_is_a_failure(make_driver, make_prompt):
+    driver = make_driver()
+    driver.add("a", make_prompt(3))
+    driver.plan()
+    driver.executor._submitted[0] = type(driver.plans[0])(step_id=99)
+    driver.executor._durations[99] = (0, 0, 0)
+    driver.collect()
+    assert "99" in driver.fails[0].reason
+
+
+def test_a_result_without_a_plan_is_a_bug(make_driver):
+    core = make_driver().core
+    result = StepResult(1, NO_ROWS, np.zeros((0, 0), np.int32))
+    with pytest.raises(InternalError, match="none is in flight"):
+        core.handle(StepDone(result), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"pipeline_depth": 3}, "pipeline_depth"),
+        ({"decode_steps": 0}, "decode_steps"),
+        ({"watermark": 1.0}, "watermark"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, name):
+    with pytest.raises(ConfigurationError, match=name):
+        EngineConfig(**settings)
+
+
+def test_a_budget_that_decodes_would_fill_is_refused(make_driver):
+    with pytest.raises(ConfigurationError, match="max_step_tokens"):
+        make_driver(config={"max_step_tokens": 4})
