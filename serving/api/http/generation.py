@@ -16,10 +16,9 @@ from serving.api.http.call import Call
 from serving.api.http.errors import error_body, log_unexpected
 from serving.api.http.front_door import FrontDoor
 from serving.api.http.shapes import Answer, Json, Shape
-from serving.api.metrics import RequestObserver
+from serving.api.observed_stream import ObservedStream
 from serving.api.status import error_of_end
-from serving.api.text import TextDelta, TextStream, Usage
-from serving.engine.request import FinishReason
+from serving.api.text import TextDelta, Usage
 
 _DONE = b"data: [DONE]\n\n"
 _WAITING_DELTAS = 64  # per call with several prompts; then its readers wait for the client
@@ -35,35 +34,6 @@ async def answer(
         return await _whole(call, shape, streams)
 
 
-class ObservedStream:
-    """A TextStream whose deltas are counted and whose bad ends are raised."""
-
-    def __init__(self, stream: TextStream, observer: RequestObserver, door: FrontDoor) -> None:
-        self._stream = stream
-        self._observer = observer
-        self._clock = door.clock
-
-    async def deltas(self) -> AsyncGenerator[TextDelta]:
-        """The deltas. Raises UnavailableError or DeadlineExceededError for such an end."""
-        try:
-            async with contextlib.aclosing(aiter(self._stream)) as deltas:
-                async for delta in deltas:
-                    self._observer.observe(delta, self._clock())
-                    if delta.finish is not None:
-                        error = error_of_end(delta.finish, delta.detail)
-                        if error is not None:
-                            raise error
-                    yield delta
-        except LumenError:
-            self._observer.ended(FinishReason.FAILED, self._clock())
-            raise
-
-    async def aclose(self) -> None:
-        """Let go: before its end the request is aborted."""
-        self._observer.ended(FinishReason.CANCELLED, self._clock())
-        await self._stream.aclose()
-
-
 @contextlib.asynccontextmanager
 async def _submitted(
     call: Call, door: FrontDoor, arrived: float
@@ -77,7 +47,7 @@ async def _submitted(
                 door.metrics.refused(error)
                 raise
             observer = door.metrics.accepted(len(one.prompt), arrived)
-            observed = ObservedStream(stream, observer, door)
+            observed = ObservedStream(stream, observer, door.clock)
             stack.push_async_callback(observed.aclose)
             streams.append(observed)
         yield streams
@@ -137,9 +107,9 @@ async def _send(response: web.StreamResponse, *events: Json) -> None:
 async def _merged(streams: list[ObservedStream]) -> AsyncGenerator[tuple[int, TextDelta]]:
     """Deltas of all streams as they come, each with its stream's index."""
     if len(streams) == 1:
-        async with contextlib.aclosing(streams[0].deltas()) as deltas:
+        async with contextlib.aclosing(aiter(streams[0])) as deltas:
             async for delta in deltas:
-                yield 0, delta
+                yield 0, _complete(delta)
         return
     arrived: asyncio.Queue[tuple[int, TextDelta | BaseException | None]] = asyncio.Queue(
         _WAITING_DELTAS
@@ -147,9 +117,9 @@ async def _merged(streams: list[ObservedStream]) -> AsyncGenerator[tuple[int, Te
 
     async def read(index: int, stream: ObservedStream) -> None:
         try:
-            async with contextlib.aclosing(stream.deltas()) as deltas:
+            async with contextlib.aclosing(aiter(stream)) as deltas:
                 async for delta in deltas:
-                    await arrived.put((index, delta))
+                    await arrived.put((index, _complete(delta)))
             await arrived.put((index, None))
         except Exception as error:
             await arrived.put((index, error))
@@ -169,6 +139,14 @@ async def _merged(streams: list[ObservedStream]) -> AsyncGenerator[tuple[int, Te
         for reader in readers:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _complete(delta: TextDelta) -> TextDelta:
+    """The delta; raises UnavailableError or DeadlineExceededError if such an end is in it."""
+    error = None if delta.finish is None else error_of_end(delta.finish, delta.detail)
+    if error is not None:
+        raise error
+    return delta
 
 
 def _json(value: Json) -> bytes:
