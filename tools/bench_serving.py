@@ -28,7 +28,7 @@ from tools.bench.compare import compare
 from tools.bench.load import run_open_loop, run_streams
 from tools.bench.peer import Peer
 from tools.bench.spawn import running_server
-from tools.bench.summary import Row, rows_of, table_of
+from tools.bench.summary import Row, rows_of, streams_name, table_of
 from tools.bench.workload import LengthRange, Workload
 
 _URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "OpenAI-compatible server to measure.")
@@ -87,7 +87,10 @@ def main(arguments: list[str]) -> None:
         )
     }  # fmt: skip
     content = results.results(rows, settings, versions)
-    Console().print(table_of(f"{content['hardware']}, {content['date']}", rows))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge to wrap at
+    console.print(table_of(f"{content['hardware']}, {content['date']}", rows))
     if _OUTPUT.value:
         results.write(Path(_OUTPUT.value), content)
         print(f"Wrote {_OUTPUT.value}")
@@ -135,7 +138,7 @@ async def _loads(client: Client, workload: Workload, progress: Progress) -> list
         ("streams", int(count)) for count in _CONCURRENCY.value
     ]
     for number, (kind, amount) in enumerate(loads):
-        name = f"{amount:g} requests/s" if kind == "rate" else f"{amount} streams"
+        name = f"{amount:g} requests/s" if kind == "rate" else streams_name(int(amount))
         bar = progress.add_task(name, total=_REQUESTS.value)
         tasks = workload.tasks(
             _REQUESTS.value, rate=amount if kind == "rate" else None, salt=2 + number

@@ -6,7 +6,6 @@ import threading
 from typing import Any
 
 from lumen.errors import LumenError
-from lumen.presets import preset
 from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse, to_flags
 from serving.launch.model import served_model
@@ -61,10 +60,6 @@ def prepare_model(config: ServeConfig) -> None:
 
     The default model is downloaded and converted here if this is the first start.
     """
-    spec = config.model.model or None
-    if spec is not None and spec.startswith("random:"):
-        preset(spec.removeprefix("random:"))
-        return
     with progress_display() as progress:
         served_model(config.model, progress)
 

@@ -10,7 +10,7 @@ from tools.bench.clients import Client
 from tools.bench.load import run_streams
 from tools.bench.peer import Peer
 from tools.bench.record import RequestRecord
-from tools.bench.summary import Row, elapsed_s, row, rows_of
+from tools.bench.summary import Row, elapsed_s, row, rows_of, streams_name
 from tools.bench.workload import Workload
 
 # Floors of the first release: this share of transformers' rate with one stream, and this
@@ -76,7 +76,7 @@ def _rows(turns: Mapping[int, _Turns], peer: Peer) -> list[Row]:
     one_stream = float(np.median(turns[1].lumen)) if 1 in turns else None
     rows = []
     for count, seen in turns.items():
-        name = f"{count} stream{'s' if count > 1 else ''}"
+        name = streams_name(count)
         theirs = float(np.median(seen.peer))
         floor: float | None = None
         if count == 1:

@@ -56,6 +56,11 @@ def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
     }
 
 
+def streams_name(count: int) -> str:
+    """How a load of so many streams is called in rows."""
+    return "1 stream" if count == 1 else f"{count} streams"
+
+
 def percentiles(samples: Sequence[float]) -> dict[str, float]:
     """p50 to p99 by linear interpolation; empty for no samples."""
     if not len(samples):
