@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from lumen.errors import LumenError
 from serving.api import wire
 from serving.api.outbox import Outbox
 from serving.api.proto import lumen_internal_v1_pb2 as pb
@@ -31,30 +32,28 @@ class WorkerLinkService(pb_grpc.WorkerLinkServicer):
         try:
             async for message in outbox:
                 await context.write(wire.to_gateway_to_pb(message))
+            said_goodbye = reader.done() and not reader.cancelled() and reader.result()
         finally:
             self._shell.gateway_lost(link)
-            outbox.close()
             reader.cancel()
-        await _broken(context, reader)
+        if not said_goodbye:
+            await context.abort(grpc.StatusCode.ABORTED, "the worker broke the link; connect again")
 
     async def _read(
-        self,
-        requests: AsyncIterator[pb.ToWorker],
-        link: int,
-        outbox: Outbox[ToGateway],
-    ) -> None:
+        self, requests: AsyncIterator[pb.ToWorker], link: int, outbox: Outbox[ToGateway]
+    ) -> bool:
+        """Hand on what comes; then end the call. Whether the gateway ended it in good order."""
         try:
             async for message in requests:
                 self._shell.gateway_message(link, wire.to_worker_from_pb(message))
+            return True
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            _log.info("the link from a gateway ended: %s", error)
+        except LumenError as error:
+            _log.warning("the link from a gateway broke: %s", error)
         except Exception:
             _log.exception("the link from a gateway broke")
-            raise
         finally:
-            outbox.close()  # which ends the call
-
-
-async def _broken(context: Any, reader: "asyncio.Task[None]") -> None:
-    """End the call with a status unless the gateway said goodbye."""
-    await asyncio.wait([reader])
-    if reader.cancelled() or reader.exception() is not None:
-        await context.abort(grpc.StatusCode.ABORTED, "the worker broke the link; connect again")
+            # The call's task runs after this one has returned: it is woken, not called.
+            outbox.close()
+        return False
