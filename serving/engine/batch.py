@@ -143,9 +143,6 @@ class Batch:
         if request in self.prefilling[request.priority]:
             self.prefilling[request.priority].remove(request)
         self._memory.let_go(request)
-        # A plan that was never sealed may have prepared changes for this row.
-        self._assignments = [a for a in self._assignments if a.row != row]
-        self._table = [entry for entry in self._table if entry[0] != row]
         self.requests[row] = None
         self.running -= 1
         heapq.heappush(self._free_rows, row)
@@ -204,6 +201,8 @@ class Batch:
         """Raises InternalError unless rows, arrays and requests agree."""
         if sorted(self._free_rows) != [r for r, o in enumerate(self.requests) if o is None]:
             raise InternalError("The free rows differ from the rows without a request.")
+        if self._assignments or self._table:
+            raise InternalError("Changes of the batch did not go out with a plan.")
         if self.running != len(self.requests) - len(self._free_rows):
             raise InternalError("The number of running requests is wrong.")
         counts = [0] * len(Priority)

@@ -56,6 +56,26 @@ def test_the_higher_class_takes_blocks_from_the_lower(make_driver, make_prompt, 
     driver.assert_as_reference()
 
 
+@pytest.mark.parametrize("length", range(4, 12))
+@pytest.mark.parametrize("need", range(3, 9))
+def test_blocks_on_their_way_to_the_higher_class_are_not_taken(
+    make_driver, make_prompt, length, need
+):
+    driver = make_driver(limits={"num_blocks": 12}, config={"pipeline_depth": 2, "watermark": 0.0})
+    for index in range(3):
+        prompt = make_prompt(length, index)
+        driver.add(f"low{index}", prompt, Priority.LOW, max_tokens=30, ignore_eos=True)
+    for _ in range(6):
+        driver.step()
+    driver.add("high", make_prompt(4 * need, 9), max_tokens=2)
+    driver.plan()  # makes room
+    driver.collect()  # the room is there
+    driver.plan()
+    assert "high" in driver.running()
+    driver.run()
+    driver.assert_as_reference()
+
+
 def test_nobody_gives_way_when_it_would_not_help(make_driver, make_prompt):
     driver = make_driver(limits={"num_blocks": 16})
     driver.add("high0", make_prompt(40, 0), max_tokens=20)

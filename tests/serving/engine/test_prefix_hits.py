@@ -35,15 +35,30 @@ def test_a_prompt_of_whole_blocks_computes_its_last_block(make_driver, make_prom
     driver.assert_as_reference()
 
 
-def test_generated_tokens_are_cached_for_the_next_turn(make_driver, make_prompt):
-    driver = make_driver()
-    driver.add("turn1", make_prompt(10), max_tokens=15, ignore_eos=True)
+@pytest.mark.parametrize(("count", "cached"), [(15, 24), (14, 20)])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_generated_tokens_are_cached_for_the_next_turn(
+    make_driver, make_prompt, count, cached, steps
+):
+    driver = make_driver(config={"decode_steps": steps})
+    driver.add("turn1", make_prompt(10), max_tokens=count, ignore_eos=True)
     driver.run()
     driver.add("turn2", [*make_prompt(10), *driver.tokens["turn1"], 44, 45], max_tokens=4)
     driver.run()
-    # 24 of the 25 tokens have their KV: the last one was sampled and never run through the model.
-    assert driver.cached["turn2"] == 24
+    # The last token was sampled but never run through the model, so its block is not whole.
+    assert driver.cached["turn2"] == cached
     driver.assert_as_reference()
+
+
+def test_the_end_of_a_prefix_is_evicted_before_its_start(make_driver, make_prompt):
+    driver = make_driver(limits={"num_blocks": 12})
+    driver.add("a", make_prompt(17), max_tokens=1)
+    driver.run()
+    driver.add("takes the free blocks and one more", make_prompt(36, 1), max_tokens=1)
+    driver.run()
+    driver.add("again", make_prompt(17), max_tokens=1)
+    driver.run()
+    assert driver.cached["again"] == 12
 
 
 def test_a_running_request_shares_its_blocks(make_driver, make_prompt):
