@@ -41,7 +41,8 @@ class Batch:
         self._last_step = np.zeros(rows, np.int64)
         self._members: tuple[Int32, list[ActiveRequest]] | None = None
         self._assignments: list[RowAssignment] = []
-        self._table: list[tuple[int, int, int]] = []  # (row, column, slot base) of the next plan
+        # Table entries of the next plan, as three flat lists: numpy takes those in fastest.
+        self._table: tuple[list[int], list[int], list[int]] = ([], [], [])
 
     @property
     def has_free_row(self) -> bool:
@@ -189,19 +190,20 @@ class Batch:
         """Assignments and table entries for the plan that is about to be submitted."""
         assignments = tuple(self._assignments)
         self._assignments = []
-        if not self._table:
+        rows, columns, bases = self._table
+        if not rows:
             return assignments, NO_TABLE_UPDATE
-        rows, columns, bases = np.asarray(self._table, np.int32).T
-        self._table = []
-        return assignments, TableUpdate(
-            np.ascontiguousarray(rows), np.ascontiguousarray(columns), np.ascontiguousarray(bases)
+        self._table = ([], [], [])
+        update = TableUpdate(
+            np.array(rows, np.int32), np.array(columns, np.int32), np.array(bases, np.int32)
         )
+        return assignments, update
 
     def check(self) -> None:
         """Raises InternalError unless rows, arrays and requests agree."""
         if sorted(self._free_rows) != [r for r, o in enumerate(self.requests) if o is None]:
             raise InternalError("The free rows differ from the rows without a request.")
-        if self._assignments or self._table:
+        if self._assignments or self._table[0]:
             raise InternalError("Changes of the batch did not go out with a plan.")
         if self.running != len(self.requests) - len(self._free_rows):
             raise InternalError("The number of running requests is wrong.")
@@ -244,8 +246,12 @@ class Batch:
         return request
 
     def _enter_blocks(self, row: int, column: int, blocks: list[int]) -> None:
-        for offset, block in enumerate(blocks):
-            self._table.append((row, column + offset, block * self._slots_per_block))
+        rows, columns, bases = self._table
+        for block in blocks:
+            rows.append(row)
+            columns.append(column)
+            bases.append(block * self._slots_per_block)
+            column += 1
 
     def _set_decoding(self, row: int, priority: Priority, decoding: bool) -> None:
         if bool(self._decoding[row]) is not decoding:
