@@ -75,12 +75,15 @@ class WorkerClient:
                     self._shell.worker_message(link, wire.to_gateway_from_pb(message))
                     message = await call.read()
             except (TimeoutError, grpc.aio.AioRpcError, LumenError) as error:
-                _log.log(
-                    logging.WARNING if link is not None else logging.DEBUG,
-                    "no link to the worker at %s: %s",
-                    self.address,
-                    _sentence(error),
-                )
+                self._say_lost(link, _sentence(error))
+            except asyncio.CancelledError:
+                # Also how a call ends that our writer gave up; only the other kind is for us.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                self._say_lost(link, "it does not read what it is sent")
+            except Exception:
+                _log.exception("reading from the worker at %s failed", self.address)
             finally:
                 if link is not None:
                     self._shell.worker_lost(link)
@@ -88,14 +91,20 @@ class WorkerClient:
                 call.cancel()
             return link is not None
 
+    def _say_lost(self, link: int | None, why: str) -> None:
+        # While a worker starts, every attempt fails; that is worth a line only to the curious.
+        level = logging.DEBUG if link is None else logging.WARNING
+        _log.log(level, "no link to the worker at %s: %s", self.address, why)
+
     async def _write(self, call: Any, outbox: Outbox[ToWorker]) -> None:
         try:
             async for message in outbox:
                 await call.write(wire.to_worker_to_pb(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             _log.debug("cannot write to the worker at %s: %s", self.address, _sentence(error))
-        # However writing ended, the link is of no use any more; the reader notices.
-        call.cancel()
+        finally:
+            # However writing ended, the link is of no use any more; this wakes the reader.
+            call.cancel()
 
 
 def _stub(channel: grpc.aio.Channel) -> Any:

@@ -4,11 +4,13 @@ import asyncio
 import math
 
 import grpc
+import pytest
 
 from serving.api.outbox import Outbox
 from serving.api.proto import lumen_internal_v1_pb2 as pb
 from serving.api.proto import lumen_internal_v1_pb2_grpc as pb_grpc
-from serving.api.worker_client import Backoff
+from serving.api.worker_client import Backoff, WorkerClient
+from serving.cluster.messages import GatewayHeartbeat
 
 
 def tokens_of(chunks):
@@ -87,6 +89,75 @@ async def test_a_gateway_that_talks_nonsense_loses_its_link_only(deploy, greedy,
     assert error.code() == grpc.StatusCode.ABORTED
     assert "of one version" in caplog.text
     await calls.read_all(deployment.stub.Generate(greedy()))
+
+
+class FakeWorker(pb_grpc.WorkerLinkServicer):
+    """Says one thing per link and then reads nothing."""
+
+    def __init__(self, says):
+        self.says = says
+        self.links = 0
+        self.linked_twice = asyncio.Event()
+
+    async def Connect(self, request_iterator, context):
+        self.links += 1
+        await context.write(self.says)
+        if self.links == 2:
+            self.linked_twice.set()
+        await asyncio.Event().wait()
+
+
+class FakeGateway:
+    """Floods each link with more than fits into its outbox at once."""
+
+    def __init__(self, flood=0):
+        self.failed = asyncio.Event()
+        self.flood = flood
+        self.lost = 0
+
+    def worker_connected(self, send):
+        for _ in range(self.flood):
+            send(GatewayHeartbeat("g"))
+        return 1
+
+    def worker_message(self, link, message):
+        pass
+
+    def worker_lost(self, link):
+        self.lost += 1
+
+
+@pytest.mark.parametrize(
+    ("says", "flood"),
+    [
+        pytest.param(pb.ToGateway(), 0, id="nothing known here"),
+        pytest.param(
+            pb.ToGateway(
+                outputs=pb.StepOutputs(
+                    outputs=[pb.RequestOutput(logprobs=[pb.TokenLogprobs(top_ids=[1])])]
+                )
+            ),
+            0,
+            id="contradictions",
+        ),
+        pytest.param(pb.ToGateway(load=pb.LoadReport()), 5000, id="and does not read"),
+    ],
+)
+async def test_a_worker_that_misbehaves_is_linked_again(says, flood, caplog):
+    worker, gateway = FakeWorker(says), FakeGateway(flood)
+    server = grpc.aio.server()
+    pb_grpc.add_WorkerLinkServicer_to_server(worker, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = WorkerClient(f"127.0.0.1:{port}", gateway, Backoff(first_s=0.01))
+    running = asyncio.create_task(client.run())
+    await asyncio.wait_for(worker.linked_twice.wait(), 20)
+    assert gateway.lost >= 1
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    await server.stop(0)
+    assert f"127.0.0.1:{port}" in caplog.text
 
 
 async def test_an_outbox_gives_messages_in_order_and_ends():
