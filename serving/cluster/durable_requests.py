@@ -6,13 +6,11 @@ two attempts may differ in the last bits, so tokens of both must not mix.
 
 from serving.cluster.admission import Admission
 from serving.cluster.attempt_ledger import AttemptLedger
+from serving.cluster.client_streams import ClientStreams
 from serving.cluster.gateway_events import (
-    Deliver,
     GatewayConfig,
     GatewayEffect,
     SendToWorker,
-    StreamEnded,
-    StreamOpened,
 )
 from serving.cluster.gateway_requests import Phase, Placement, RequestRecord
 from serving.cluster.generation import GenerationRequest
@@ -20,7 +18,7 @@ from serving.cluster.messages import FetchOutput, SubmitRequest, ToWorker
 from serving.cluster.scheduler_core import SchedulerCore, WorkerState
 from serving.cluster.timers import Timers
 from serving.engine.request import FinishReason, RequestOutput
-from serving.errors import StreamReplacedError
+from serving.errors import InternalError
 
 _FIRST_BACKOFF_S = 0.05  # after a worker did not take the request; doubles up to
 _LONGEST_BACKOFF_S = 1.0
@@ -45,7 +43,7 @@ class DurableRequests:
         self._scheduler = scheduler
         self._effects = effects
         self._waiting: dict[str, RequestRecord] = {}  # those in Phase.WAITING
-        self._streams: dict[int, RequestRecord] = {}
+        self._streams = ClientStreams(effects)
         self._accepted = 0
 
     # Clients.
@@ -57,56 +55,34 @@ class DurableRequests:
         deadline = None if request.deadline_s is None else self.now + request.deadline_s
         self._accepted += 1
         self.in_progress += 1
-        record = RequestRecord(request, self._accepted, deadline, stream, waiting_since=self.now)
+        record = RequestRecord(request, self._accepted, deadline, waiting_since=self.now)
         if older is not None:
             # Workers fence by attempt numbers, so they go on where that request ended.
             record.attempt = older.attempt
             self._forget(older)
         self.records[record.request_id] = record
         self._waiting[record.request_id] = record
-        self._streams[stream] = record
-        self._effects.append(StreamOpened(stream, request))
+        self._streams.open(record, stream)
         self.place_waiting()
         self._arm(record)
 
     def attach(self, record: RequestRecord, stream: int, from_index: int) -> None:
         """Another stream takes over, from that token on."""
-        if record.stream is not None:
-            why = f"Request {record.request_id!r} was resumed on another stream."
-            self._close_stream(record, StreamReplacedError(why))
-        self._effects.append(StreamOpened(stream, record.request))
-        record.stream = stream
-        self._streams[stream] = record
+        self._streams.open(record, stream)
         if record.phase is not Phase.ENDED:
             record.lease_until = None
-        self._deliver(record, from_index)
+        self._streams.deliver(record, from_index)
 
     def detach(self, stream: int) -> None:
         """The client of that stream is gone."""
-        record = self._streams.pop(stream, None)
+        record = self._streams.broken(stream)
         if record is None:
             return
-        record.stream = None
         if record.request.resume_lease_s <= 0:
             self.end(record, FinishReason.CANCELLED)
         else:
             record.lease_until = self.now + record.request.resume_lease_s
             self._arm(record)
-
-    def _deliver(self, record: RequestRecord, from_index: int) -> None:
-        """Give the stream everything from there on, and the end if it ended."""
-        if record.stream is None:
-            return
-        if record.finish is not None or from_index < len(record.tokens):
-            self._effects.append(Deliver(record.stream, record.delta_from(from_index)))
-        if record.finish is not None:
-            self._close_stream(record, None)
-
-    def _close_stream(self, record: RequestRecord, error: StreamReplacedError | None) -> None:
-        assert record.stream is not None
-        self._effects.append(StreamEnded(record.stream, error))
-        del self._streams[record.stream]
-        record.stream = None
 
     # Placing and ending.
 
@@ -181,7 +157,7 @@ class DurableRequests:
         record.detail = detail
         remembered = max(record.request.resume_lease_s, self._config.remember_finished_s)
         record.lease_until = self.now + remembered
-        self._deliver(record, len(record.tokens) if delivered is None else delivered)
+        self._streams.deliver(record, len(record.tokens) if delivered is None else delivered)
         placement, record.placement = record.placement, None
         if placement is not None:
             self.close_attempt(placement.worker_id, record.request_id, placement.attempt)
@@ -233,12 +209,12 @@ class DurableRequests:
         if queued and record.tokens:
             self.admission.leave(self.now)
         if output.finish is None:
-            self._deliver(record, delivered)
+            self._streams.deliver(record, delivered)
             return
         self.ledger.ended(*key)
         # A client's cancellation ends the record at once, so here it is the worker's own.
         if output.retriable or output.finish is FinishReason.CANCELLED:
-            self._deliver(record, delivered)
+            self._streams.deliver(record, delivered)
             self.place_again(record, output.detail or f"worker {worker_id} gave it up")
         else:
             self._scheduler.released(*key)
@@ -360,3 +336,23 @@ class DurableRequests:
 
     def _arm(self, record: RequestRecord) -> None:
         self._timers.arm(record.request_id, record.next_due(self._config, self.now))
+
+    def check_invariants(self) -> None:
+        """Recount. Raises InternalError at the first contradiction; for tests and the simulator."""
+        open_ = [record for record in self.records.values() if record.phase is not Phase.ENDED]
+        if len(open_) != self.in_progress:
+            raise InternalError(f"{len(open_)} requests are open, {self.in_progress} are counted.")
+        if sum(record.queued for record in open_) != self.admission.queued:
+            raise InternalError("The count of queued requests is wrong.")
+        self._streams.check_invariants(self.records)
+        for request_id, record in self.records.items():
+            if (record.phase is Phase.WAITING) != (request_id in self._waiting):
+                raise InternalError(
+                    f"Request {request_id} waits, or is in the queue, but not both."
+                )
+            if (record.phase is Phase.PLACED) != (record.placement is not None):
+                raise InternalError(f"Request {request_id} is placed nowhere, or placed in vain.")
+            if (record.phase is Phase.ENDED) != (record.finish is not None):
+                raise InternalError(f"Request {request_id} has an end and goes on, or has none.")
+            if not self._timers.is_armed(request_id):
+                raise InternalError(f"Nothing will ever look at request {request_id} again.")

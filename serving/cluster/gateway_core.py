@@ -94,6 +94,17 @@ class GatewayCore:
         """The last placements with their inputs, oldest first."""
         return self._scheduler.decisions()
 
+    def is_idle(self) -> bool:
+        """No request is in progress or remembered and no worker has to be told anything."""
+        return not self._requests.records and self._requests.ledger.is_empty()
+
+    def check_invariants(self) -> None:
+        """Recount everything. Raises InternalError at the first contradiction.
+
+        For tests and the simulator, after every event; too slow for serving.
+        """
+        self._requests.check_invariants()
+
     def handle(self, event: GatewayEvent, now: float) -> list[GatewayEffect]:
         """Take one event; return what is to be done, in order."""
         self._now = self._requests.now = now

@@ -66,8 +66,8 @@ class RequestRecord:
     request: GenerationRequest
     order: int
     deadline: float | None
-    stream: int | None
     waiting_since: float
+    stream: int | None = None
     not_before: float = 0.0
     phase: Phase = Phase.WAITING
     tokens: list[int] = field(default_factory=list)

@@ -29,6 +29,10 @@ class Timers[Key: Hashable]:
         """Forget the key's timer, if it has one."""
         self._due.pop(key, None)
 
+    def is_armed(self, key: Key) -> bool:
+        """The key will come out of `pop_due`."""
+        return key in self._due
+
     def next_due(self) -> float | None:
         """The earliest due time."""
         while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:

@@ -43,6 +43,7 @@ from serving.cluster.worker_messages import (
 )
 from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import FinishReason, RequestOutput
+from serving.errors import InternalError
 
 type FenceKey = tuple[str, str]  # (gateway_id, request_id)
 type TimerKey = tuple[str, str, str | int]
@@ -78,6 +79,35 @@ class WorkerCore:
     def next_due(self) -> float | None:
         """When the next WorkerTick is due, on the clock of `now`."""
         return self._timers.next_due()
+
+    def is_idle(self) -> bool:
+        """Nothing runs here and no output is kept."""
+        return not self._attempts
+
+    def running_on(self, replica: int) -> list[AttemptKey]:
+        """Attempts that were started on a replica and have not ended."""
+        return [
+            attempt.key
+            for attempt in self._attempts.values()
+            if attempt.replica == replica and attempt.finish is None
+        ]
+
+    def check_invariants(self) -> None:
+        """Raises InternalError at the first contradiction; for tests and the simulator."""
+        newest: dict[FenceKey, Attempt] = {}
+        for (request_id, number), attempt in self._attempts.items():
+            fence = (attempt.gateway_id, request_id)
+            if number > self._fences.get(fence, 0):
+                raise InternalError(f"Attempt {number} of {request_id} is not fenced.")
+            if (attempt.finish is not None) != self._timers.is_armed(("ended", *attempt.key)):
+                raise InternalError(f"Attempt {number} of {request_id} may be kept for ever.")
+            if attempt.finish is None and not attempt.cancelling:
+                if fence in newest:
+                    raise InternalError(f"Two attempts of {request_id} run on one worker.")
+                newest[fence] = attempt
+        for fence in self._fences:
+            if not self._timers.is_armed(("fence", *fence)):
+                raise InternalError(f"The fence of {fence[1]} may be kept for ever.")
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerEffect]:
         """Take one event; return what is to be done, in order."""
@@ -262,10 +292,11 @@ class WorkerCore:
                     self._gateway_due(first, now)
 
     def _fence_due(self, fence: FenceKey, now: float) -> None:
-        if self._owned(*fence, self._fences[fence]) is None:
-            del self._fences[fence]
-        else:
+        """Keep the fence as long as any attempt that it is about."""
+        if any(self._owned(*fence, number) for number in range(self._fences[fence], 0, -1)):
             self._timers.arm(("fence", *fence), now + self._config.retain_ended_s)
+        else:
+            del self._fences[fence]
 
     def _gateway_due(self, gateway_id: str, now: float) -> None:
         """The lease of a gateway is over, unless it spoke meanwhile."""
