@@ -57,6 +57,7 @@ class Client:
         self.finish: FinishReason | None = None
         self.accepted_at: float | None = None
         self.received: list[int] = []
+        self.attempt = 0  # the newest that it heard of
         self._world = world
         self._gateway = gateway
         self._oracle = oracle
@@ -156,6 +157,7 @@ class Client:
                 request.prompt, self.received, have + place, request.sampling, logprobs
             )
             self._require(explained, f"token {have + place} does not follow from those before it")
+        self.attempt = delta.attempt
         if delta.finish is not None:
             self.finish = delta.finish
             self._check_end(delta)

@@ -25,9 +25,14 @@ _LOOKS_EVERY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class FaultRunResult:
-    """What a run came to: the ends that clients saw (None: they stayed away), by request."""
+    """What a run came to.
+
+    ends: what clients saw (None: they stayed away), by request. attempts: the newest attempt
+    that each heard of. seconds: of virtual time.
+    """
 
     ends: dict[str, FinishReason | None]
+    attempts: dict[str, int]
     tokens: int
     events: int
     seconds: float
@@ -65,6 +70,7 @@ class FaultRun:
         self.world.require(unrest is None, f"{unrest}, {_ENDS_WITHIN_S:g} s after the last fault")
         return FaultRunResult(
             ends={client.name: client.finish for client in self.clients},
+            attempts={client.name: client.attempt for client in self.clients},
             tokens=sum(len(client.received) for client in self.clients),
             events=time.events_run,
             seconds=time.now,
@@ -97,6 +103,8 @@ class FaultRun:
                 site.cut()
             case Fault.PARTITION:
                 site.partition(plan.seconds)
+            case Fault.STALL:
+                site.stall(plan.seconds)
             case Fault.REPLICA:
                 site.break_replica(plan.replica)
 

@@ -15,8 +15,8 @@ from serving.sim.token_function import TokenFunction
 class Numerics:
     """The made-up model of a run; see TokenFunction.
 
-    drift: every incarnation of a worker draws other tokens, as two devices may differ in the
-    last bits. Then tokens of two attempts must never mix, and if they do it shows.
+    drift: every engine that is ever started draws other tokens, as two devices may differ in
+    the last bits. Then tokens of two attempts must never mix, and if they do it shows.
     """
 
     limits: ExecutorLimits
@@ -29,27 +29,25 @@ class Numerics:
         """Tokens of prompt and output of one request."""
         return min(self.limits.max_model_len, self.limits.num_blocks * self.limits.block_size)
 
-    def revision(self, incarnation: str) -> str:
-        """The model revision that an incarnation computes with."""
-        revision = self.limits.model_revision
-        return f"{revision}/{incarnation}" if self.drift else revision
-
 
 class Oracle:
-    """Knows how every incarnation draws, and whether a token follows from what came before."""
+    """Knows how every engine draws, and whether a token follows from what came before."""
 
     def __init__(self, numerics: Numerics) -> None:
         self.numerics = numerics
         self._functions: dict[str, TokenFunction] = {}
 
-    def started(self, incarnation: str) -> None:
-        """From now on this incarnation draws tokens too."""
-        revision = self.numerics.revision(incarnation)
+    def started(self, engine: str) -> str:
+        """From now on this engine draws tokens too; the model revision it computes with."""
+        numerics = self.numerics
+        revision = numerics.limits.model_revision
+        if numerics.drift:
+            revision = f"{revision}/{engine}"
         if revision not in self._functions:
-            numerics = self.numerics
             self._functions[revision] = TokenFunction(
                 revision, numerics.limits.vocab_size, numerics.eos_token_ids, numerics.eos_every
             )
+        return revision
 
     def explains(
         self,
@@ -83,7 +81,7 @@ class Oracle:
         return FinishReason.LENGTH if len(tokens) >= min(sampling.max_tokens, room) else None
 
     def reference(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...] | None:
-        """What an undisturbed run emits; None if that depends on the incarnation."""
+        """What an undisturbed run emits; None if that depends on the engine."""
         if self.numerics.drift:
             return None
         (function,) = self._functions.values()

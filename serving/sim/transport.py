@@ -46,6 +46,7 @@ class Link:
         self._faults = faults
         self._chance = chance
         self._black_until = 0.0
+        self._stalled_until = 0.0
 
     def send_to_gateway(self, message: ToGateway) -> None:
         """Carry a message there, if nothing befalls it."""
@@ -58,6 +59,10 @@ class Link:
     def partition(self, seconds: float) -> None:
         """Swallow everything for a while without telling anybody."""
         self._black_until = self._world.now + seconds
+
+    def stall(self, seconds: float) -> None:
+        """Hold everything back for a while, then deliver it."""
+        self._stalled_until = self._world.now + seconds
 
     def sever(self) -> None:
         """Break; each end learns it in its own time."""
@@ -83,7 +88,8 @@ class Link:
                 end.receive(message)
 
         for _ in range(copies):
-            self._world.time.after(chance.uniform(*faults.delay), arrive)
+            leaves = max(now, self._stalled_until)
+            self._world.time.at(leaves + chance.uniform(*faults.delay), arrive)
 
     def _close_later[Message](self, end: LinkEnd[Message]) -> None:
         def close() -> None:

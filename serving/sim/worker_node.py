@@ -23,11 +23,12 @@ from serving.cluster.worker_events import (
     WorkerTick,
 )
 from serving.engine.config import EngineConfig
+from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import RequestOutput
 from serving.policy.snapshot import ReplicaLoad
 from serving.sim.alarm import Alarm
 from serving.sim.modelled_executor import ModelledExecutor
-from serving.sim.oracle import Numerics
+from serving.sim.oracle import Numerics, Oracle
 from serving.sim.replica_node import ReplicaNode
 from serving.sim.transport import Link, LinkEnd
 from serving.sim.world import World
@@ -50,9 +51,8 @@ class WorkerSetup:
 class WorkerNode:
     """Runs a WorkerCore with one ReplicaNode per replica."""
 
-    def __init__(self, world: World, setup: WorkerSetup, incarnation: str) -> None:
-        revision = setup.numerics.revision(incarnation)
-        limits = replace(setup.numerics.limits, model_revision=revision)
+    def __init__(self, world: World, setup: WorkerSetup, incarnation: str, oracle: Oracle) -> None:
+        limits = setup.numerics.limits
         infos = tuple(
             ReplicaInfo(
                 replica=replica,
@@ -68,7 +68,7 @@ class WorkerNode:
             worker_id=setup.worker_id,
             incarnation=incarnation,
             model_id="model",
-            model_revision=revision,
+            model_revision=limits.model_revision,
             vocab_size=limits.vocab_size,
             replicas=infos,
             report_interval_s=setup.report_interval_s,
@@ -80,8 +80,10 @@ class WorkerNode:
         self.destroyed = False
         self._world = world
         self._setup = setup
-        self._limits = limits
+        self._oracle = oracle
         self._links: dict[int, Link] = {}
+        self._builds = 0
+        self._newest_started: dict[str, int] = {}
         self.replicas = [self._build(replica) for replica in range(setup.replicas)]
         self._alarm = Alarm(world, self.core.next_due, self._tick)
 
@@ -124,16 +126,35 @@ class WorkerNode:
                         self._links[number].send_to_gateway(message)
                 case PostToReplica(replica, posted):
                     # Through the heap: a mailbox is never emptied inside the core's own event.
-                    post = partial(self.replicas[replica].post, posted)
-                    self._world.time.after(0.0, post)
+                    self._world.time.after(0.0, partial(self._post, replica, posted))
                 case _:
                     self._world.note(self.name, effect)
         self._alarm.set()
 
+    def _post(self, replica: int, event: AddRequest | CancelRequest) -> None:
+        if self.destroyed:
+            return
+        world = self._world
+        if isinstance(event, AddRequest):
+            name, attempt = event.request.request_id, event.request.attempt
+            newest = self._newest_started.get(name, 0)
+            world.require(
+                attempt > newest,
+                f"{self.name} starts attempt {attempt} of {name} after attempt {newest}",
+            )
+            self._newest_started[name] = attempt
+            self.replicas[replica].post(event)
+        else:
+            self.replicas[replica].post(event)
+            gone = (event.request_id, event.attempt) not in self.core.running_on(replica)
+            world.require(gone, f"attempt {event.attempt} of {event.request_id} goes on")
+
     def _build(self, replica: int) -> ReplicaNode:
         setup = self._setup
+        self._builds += 1
+        revision = self._oracle.started(f"{self.name}/{replica}.{self._builds}")
         executor = ModelledExecutor(
-            self._limits,
+            replace(setup.numerics.limits, model_revision=revision),
             eos_token_ids=setup.engine.eos_token_ids,
             eos_every=setup.numerics.eos_every,
         )

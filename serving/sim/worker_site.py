@@ -38,8 +38,7 @@ class WorkerSite:
         self._starts += 1
         incarnation = f"{self.setup.worker_id}-{self._starts}"
         self._world.note("site", f"start {incarnation}")
-        self._oracle.started(incarnation)
-        self.node = WorkerNode(self._world, self.setup, incarnation)
+        self.node = WorkerNode(self._world, self.setup, incarnation, self._oracle)
         self._connect_soon()
 
     def crash(self, down_s: float) -> None:
@@ -65,6 +64,12 @@ class WorkerSite:
         if self._link is not None:
             self._world.note("site", f"partition link {self._link.number}")
             self._link.partition(seconds)
+
+    def stall(self, seconds: float) -> None:
+        """Hold all messages back for a while."""
+        if self._link is not None:
+            self._world.note("site", f"stall link {self._link.number}")
+            self._link.stall(seconds)
 
     def break_replica(self, replica: int) -> None:
         """A device of the worker fails."""

@@ -1,0 +1,48 @@
+"""200 seeds of message faults, crashes and partitions, each under all invariants."""
+
+from collections import Counter
+
+import pytest
+
+from serving.engine.request import FinishReason
+from serving.errors import InternalError
+from serving.sim.fault_run import FaultRun
+
+GROUPS = 20
+SEEDS_PER_GROUP = 10
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_no_seed_breaks_an_invariant(group):
+    ends = Counter()
+    moved = 0
+    for seed in range(group * SEEDS_PER_GROUP, (group + 1) * SEEDS_PER_GROUP):
+        try:
+            result = FaultRun(seed).run()
+        except (InternalError, AssertionError) as error:
+            pytest.fail(f"{error}\nReplay: python -m serving.sim.fault_run {seed}")
+        ends.update(result.ends.values())
+        moved += sum(attempt > 1 for attempt in result.attempts.values())
+    # A run in which nothing happens proves nothing: all kinds of ends, and moves between replicas.
+    assert ends[FinishReason.LENGTH] + ends[FinishReason.STOP] > 50
+    assert ends[FinishReason.CANCELLED] > 0
+    assert ends[FinishReason.FAILED] == 0
+    assert moved > 5
+
+
+@pytest.mark.parametrize("seed", [3, 8])
+def test_same_seed_same_log(seed):
+    logs = []
+    for _ in range(2):
+        run = FaultRun(seed, keep_log=True)
+        run.run()
+        logs.append("\n".join(run.world.log).encode())
+    assert len(logs[0]) > 10_000
+    assert logs[0] == logs[1]
+
+
+def test_another_seed_another_log():
+    runs = [FaultRun(seed, keep_log=True) for seed in (3, 4)]
+    for run in runs:
+        run.run()
+    assert runs[0].world.log != runs[1].world.log
