@@ -1,0 +1,113 @@
+"""From a source of weights to an executor that is ready to serve."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lumen.model import LoadedModel, load_model
+from lumen.sharding import TENSOR_AXIS
+from lumen.tensor_source import TensorSource
+from serving.engine.device.arena import ArenaLayout, arena_layout
+from serving.engine.device.compilation import compile_all, persistent_cache
+from serving.engine.device.config import DeviceExecutorConfig
+from serving.engine.device.executor import DeviceExecutor
+from serving.engine.device.memory import device_memory
+from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs, ProgramShapes
+from serving.engine.executor import ExecutorLimits
+from serving.errors import ConfigurationError
+
+BuildProgress = Callable[[int, int, str], None]
+"""Called with (done, total, name): weights loaded and programs compiled, one count for both."""
+
+
+def build_device_executor(
+    source: TensorSource,
+    devices: Sequence[jax.Device],
+    config: DeviceExecutorConfig,
+    progress: BuildProgress | None = None,
+) -> DeviceExecutor:
+    """Load the weights onto the devices, allocate the arena, compile every program.
+
+    devices: of one platform; more than one are used tensor-parallel. Raises ConfigurationError if
+    the settings do not fit the model or the memory (saying what would), CheckpointError and
+    ModelConfigError if the weights do not fit the model.
+    """
+    limit = source.config.max_position
+    if config.max_model_len > limit:
+        raise ConfigurationError(
+            f"max_model_len is {config.max_model_len}, but the model goes up to {limit} tokens; "
+            "lower it."
+        )
+    mesh = Mesh(np.array(devices), (TENSOR_AXIS,))
+    modules = source.config.num_units + 2
+    total = modules + _program_count(config)
+    done = 0
+
+    def advance(name: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total, name)
+
+    with persistent_cache(config.cache_dir, devices):
+        model = load_model(source, mesh, config.dtype, lambda count, of: advance("weights"))
+        jax.block_until_ready((model.embedding, model.units, model.head))
+        layout = arena_layout(
+            model.config, model.heads, model.dtype, config, device_memory(devices)
+        )
+        limits = _limits(model, layout, config)
+        programs = _compile(model, layout, limits, config, advance)
+    return DeviceExecutor(model, programs, limits, programs.zero_arena())
+
+
+def _program_count(config: DeviceExecutorConfig) -> int:
+    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + len(config.chunk_buckets) * 3
+
+
+def _limits(
+    model: LoadedModel, layout: ArenaLayout, config: DeviceExecutorConfig
+) -> ExecutorLimits:
+    return ExecutorLimits(
+        num_rows=config.num_rows,
+        num_blocks=layout.num_blocks,
+        slots_per_block=layout.slots_per_block,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        max_prefill_tokens=config.max_prefill_tokens,
+        max_prefills=config.max_prefills,
+        vocab_size=model.config.vocab_size,
+        max_logprobs=min(config.max_logprobs, model.config.vocab_size),
+        # Sums over devices round differently, so KV of another width is not reused.
+        model_revision=f"{model.revision}:tensor{model.mesh.size}",
+    )
+
+
+def _compile(
+    model: LoadedModel,
+    layout: ArenaLayout,
+    limits: ExecutorLimits,
+    config: DeviceExecutorConfig,
+    advance: Callable[[str], None],
+) -> Programs:
+    shapes = ProgramShapes(
+        model.config, model.defs, model.mesh, model.dtype, layout, limits.num_rows,
+        limits.max_blocks_per_row, limits.max_logprobs,
+    )  # fmt: skip
+    lowerings = ProgramBuilder(shapes).lowerings(config.decode_buckets, config.chunk_buckets)
+    names = {key: " ".join(str(_word(part)) for part in key) for key in lowerings}
+    compiled = compile_all(
+        {names[key]: lower for key, lower in lowerings.items()}, config.compile_threads, advance
+    )
+    tables: dict[str, dict[Any, Any]] = {}
+    for key in lowerings:
+        kind, *rest = key
+        place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
+        tables.setdefault(kind, {})[place] = compiled[names[key]]
+    return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
+
+
+def _word(part: Any) -> Any:
+    return part.value if isinstance(part, HeadKind) else part

@@ -1,0 +1,107 @@
+"""Compiling ahead of time: in parallel, through the persistent cache, and never while serving."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+Compiled = Callable[..., Any]
+"""A compiled program: takes exactly the shapes it was compiled for, and compiles nothing."""
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+_watching = threading.local()
+_listener_lock = threading.Lock()
+_listener_installed = False
+_cache_switch = threading.Lock()
+
+
+class CompileWatch:
+    """Counts compilations that happen on a thread while it is inside `with watch:`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        _install_listener()
+
+    def __enter__(self) -> None:
+        _watching.watch = self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _watching.watch = None
+
+
+def _install_listener() -> None:
+    global _listener_installed
+    with _listener_lock:
+        if not _listener_installed:
+            jax.monitoring.register_event_duration_secs_listener(_on_event)
+            _listener_installed = True
+
+
+def _on_event(event: str, duration_secs: float, **details: str | int) -> None:
+    watch = getattr(_watching, "watch", None)
+    if watch is not None and event == _COMPILE_EVENT:
+        watch.count += 1
+
+
+def compile_all(
+    programs: Mapping[str, Callable[[], jax.stages.Lowered]],
+    threads: int,
+    progress: Callable[[str], None],
+) -> dict[str, Compiled]:
+    """Lower and compile programs, several at a time; progress is told each name when it is done."""
+    compiled: dict[str, Compiled] = {}
+    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+        waiting = {pool.submit(_compile, lower): name for name, lower in programs.items()}
+        try:
+            for future in as_completed(waiting):
+                compiled[waiting[future]] = future.result()
+                progress(waiting[future])
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+    return compiled
+
+
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    return lower().compile()
+
+
+@contextlib.contextmanager
+def persistent_cache(cache_dir: Path | None, devices: Sequence[jax.Device]) -> Iterator[None]:
+    """Compile through JAX's persistent cache, where that is safe.
+
+    On TPU a program read from the cache crashes the runtime if its devices do not include device
+    0 (jax issue 38004), so such sets compile without it. CPU and GPU sets of any kind do not.
+    """
+    if cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if devices[0].platform != "tpu" or any(device.id == 0 for device in devices):
+        yield
+        return
+    with _cache_switch:
+        before = jax.config.jax_enable_compilation_cache
+        _enable_cache(False)
+        try:
+            yield
+        finally:
+            _enable_cache(before)
+
+
+def _enable_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()  # JAX asks for the setting once and remembers

@@ -1,0 +1,92 @@
+"""Settings of a device executor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.errors import ConfigurationError
+
+_SMALLEST_PREFILL_BUCKET = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceExecutorConfig:
+    """How one replica uses its devices.
+
+    max_model_len: tokens of prompt and output together. max_prefill_tokens: tokens of one prefill
+    chunk; max_prefills: chunks of one plan. prefill_buckets: chunk sizes programs are compiled
+    for, ascending, the last one max_prefill_tokens; None: powers of two from 16.
+    num_blocks, arena_bytes (per device): size of the KV arena, at most one of them; neither: what
+    `memory_fraction` of an accelerator's memory leaves beside the weights; on a CPU enough for
+    every row at full length, within 1 GiB unless a single request needs more.
+    dtype: "float32", "bfloat16" or "float16", of weights, activations and KV.
+    max_logprobs: most alternatives reported per token.
+    compile_threads: programs compiled at a time.
+    cache_dir: where compiled programs are kept; None: as JAX is configured.
+    """
+
+    max_model_len: int
+    num_rows: int = 16
+    block_size: int = 16
+    num_blocks: int | None = None
+    arena_bytes: int | None = None
+    memory_fraction: float = 0.9
+    max_prefill_tokens: int = 512
+    max_prefills: int = 4
+    prefill_buckets: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    max_logprobs: int = 20
+    compile_threads: int = 4
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work. Raises ConfigurationError."""
+        for name in (
+            "max_model_len", "num_rows", "block_size", "max_prefill_tokens", "max_prefills",
+            "max_logprobs", "compile_threads",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigurationError(f"{name} is {value}; it must be at least 1.")
+        if self.num_blocks is not None and self.arena_bytes is not None:
+            raise ConfigurationError(
+                "num_blocks and arena_bytes are both given; each sets the size of the KV arena, "
+                "so give one of them."
+            )
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigurationError(
+                f"memory_fraction is {self.memory_fraction}; it must be a share of the device's "
+                "memory, more than 0 and at most 1."
+            )
+        buckets = self.prefill_buckets
+        if buckets is not None and (
+            not buckets
+            or buckets[0] < 1
+            or list(buckets) != sorted(set(buckets))
+            or buckets[-1] != self.max_prefill_tokens
+        ):
+            raise ConfigurationError(
+                f"prefill_buckets is {buckets}; it must be ascending and end with "
+                f"max_prefill_tokens ({self.max_prefill_tokens})."
+            )
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Batch sizes that decode programs are compiled for."""
+        return _doubling(1, self.num_rows)
+
+    @property
+    def chunk_buckets(self) -> tuple[int, ...]:
+        """Chunk sizes that prefill programs are compiled for."""
+        if self.prefill_buckets is not None:
+            return self.prefill_buckets
+        return _doubling(_SMALLEST_PREFILL_BUCKET, self.max_prefill_tokens)
+
+
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ... while below last, then last."""
+    sizes = []
+    size = first
+    while size < last:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, last)

@@ -1,0 +1,345 @@
+"""Runs step plans on the devices of one replica."""
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lumen.model import LoadedModel
+from serving.engine.device.compilation import CompileWatch
+from serving.engine.device.programs import HeadKind, Programs
+from serving.engine.device.rows import RowState, mask_array, padded_rows
+from serving.engine.executor import ExecutorLimits
+from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, PrefillChunk, StepPlan, StepResult
+from serving.errors import ExecutorError
+
+_STEPS_AHEAD = 2  # decode steps of one plan on the device at a time: one runs, one waits
+
+
+@dataclass(slots=True)
+class _DecodeBatch:
+    """Device copies of what decode programs read of a set of rows, kept while it holds."""
+
+    rows: Int32
+    bucket: int
+    padded: Int32
+    device_rows: jax.Array
+    tables: jax.Array
+    lengths: jax.Array
+    sampling: jax.Array
+    kind: HeadKind
+    versions: tuple[int, int, int]  # of tables, lengths, sampling
+
+
+@dataclass(slots=True)
+class _Sampled:
+    """One call of a head program: what it drew for `count` rows, on its way to the host.
+
+    after: (last tokens, lengths) on the device once this was drawn, to return to.
+    """
+
+    count: int
+    tokens: jax.Array
+    logprobs: tuple[jax.Array, ...]
+    after: tuple[jax.Array, jax.Array]
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A submitted plan. Decode steps are dispatched one by one, `prefilled` waits for chunks."""
+
+    plan: StepPlan
+    steps: list[_Sampled] = field(default_factory=list)
+    prefills: list[_Sampled] = field(default_factory=list)
+    prefilled: list[jax.Array] = field(default_factory=list)
+
+
+class DeviceExecutor:
+    """Runs plans on the devices of one replica: `serving.engine.executor.Executor` with JAX.
+
+    All programs are compiled before; the arena is donated from call to call and never copied. The
+    token last drawn for each row stays on the device and is the input of the row's next step.
+    A plan of several steps is dispatched `_STEPS_AHEAD` steps ahead of its stop tokens; steps
+    dispatched past the end of the plan are undone by forgetting them: what they wrote to the
+    arena lies beyond the rows' lengths. Plans submitted behind it wait until its end is known.
+
+    Made by `build_device_executor`.
+    """
+
+    def __init__(
+        self, model: LoadedModel, programs: Programs, limits: ExecutorLimits, arena: jax.Array
+    ) -> None:
+        self._model = model
+        self._programs = programs
+        self._limits = limits
+        self._arena = arena
+        self._everywhere = NamedSharding(model.mesh, PartitionSpec())
+        heads = model.heads.kv_per_device
+        unit_slots = model.config.unit_layers * heads
+        self._offsets = [
+            self._put(np.array(unit * unit_slots, np.int32)) for unit in range(len(model.units))
+        ]
+        self._rows = RowState(limits.num_rows, limits.max_blocks_per_row)
+        self._last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
+        self._decode_buckets = sorted(programs.decode_unit)
+        self._chunk_buckets = sorted(programs.prefill_unit)
+        self._no_masks = {
+            bucket: self._put(mask_array(NO_ROWS, bucket, {}, limits.vocab_size))
+            for bucket in self._decode_buckets
+        }
+        self._batch: _DecodeBatch | None = None
+        self._in_flight: deque[_InFlight] = deque()
+        self._waiting: deque[StepPlan] = deque()
+        self._interrupted = threading.Event()
+        self._failure: str | None = None
+        self._watch = CompileWatch()
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """Constant after construction."""
+        return self._limits
+
+    def compilations_since_start(self) -> int:
+        """Programs compiled inside `submit` and `collect`: none, or serving has a gap."""
+        return self._watch.count
+
+    def interrupt(self) -> None:
+        """End the multi-step plan in progress, or the next one, after the steps in flight.
+
+        Any thread may call this. An interrupt that finds no such plan shortens the next: the plan
+        may just be on its way.
+        """
+        self._interrupted.set()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Dispatch the plan and return without waiting for the device."""
+        with self._watch:
+            self._waiting.append(plan)
+            self._start_waiting()
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest plan not yet collected.
+
+        A failure of the device comes back as `StepResult.error`; everything after it fails too.
+        Raises ExecutorError if no plan was submitted.
+        """
+        if not self._in_flight:
+            raise ExecutorError("collect() was called without a submitted plan; submit one first.")
+        with self._watch:
+            flight = self._in_flight[0]
+            try:
+                result = self._finish(flight) if self._failure is None else None
+            except Exception as error:  # whatever it was, the device state is unknown now
+                self._fail(error)
+                result = None
+            self._in_flight.popleft()
+            self._start_waiting()
+        if result is None:
+            nothing = np.zeros((0, 0), np.int32)
+            return StepResult(flight.plan.step_id, NO_ROWS, nothing, error=self._failure)
+        return result
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = f"{type(error).__name__}: {error}"
+
+    def _start_waiting(self) -> None:
+        """Dispatch plans in order, none past a multi-step plan whose end is open."""
+        while self._waiting and not (self._in_flight and self._in_flight[-1].plan.steps > 1):
+            flight = _InFlight(self._waiting.popleft())
+            self._in_flight.append(flight)
+            if self._failure is not None:
+                continue
+            try:
+                self._start(flight)
+            except Exception as error:  # reported by collect
+                self._fail(error)
+
+    def _start(self, flight: _InFlight) -> None:
+        plan = flight.plan
+        self._rows.apply(plan)
+        if plan.decode_rows.size:
+            self._dispatch_decode(flight)
+            if plan.steps > 1 and not self._interrupted.is_set():
+                self._dispatch_decode(flight)
+        for chunk in plan.prefills:
+            self._dispatch_prefill(flight, chunk)
+
+    def _dispatch_decode(self, flight: _InFlight) -> None:
+        """One decode step of the plan's rows."""
+        programs, batch = self._programs, self._decode_batch(flight.plan.decode_rows)
+        hidden = programs.decode_embed[batch.bucket](
+            self._model.embedding, self._last_tokens, batch.device_rows
+        )
+        unit = programs.decode_unit[batch.bucket]
+        for weights, offset in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(
+                weights, hidden, self._arena, batch.tables, batch.lengths, offset
+            )
+        masks = flight.plan.masks if not flight.steps else {}
+        kind = HeadKind.COMPLETE if masks else batch.kind
+        sampled = self._sample(
+            kind, batch.rows, batch.bucket, hidden, batch.device_rows, batch.lengths,
+            batch.sampling, dict(masks),
+        )  # fmt: skip
+        batch.lengths = sampled.after[1]
+        self._rows.grow(batch.rows, 1)
+        flight.steps.append(sampled)
+
+    def _dispatch_prefill(self, flight: _InFlight, chunk: PrefillChunk) -> None:
+        """One chunk, and the token that follows it if it samples."""
+        programs = self._programs
+        bucket = _bucket(self._chunk_buckets, chunk.tokens.size)
+        packed = self._put(self._rows.pack_chunk(chunk, bucket))
+        hidden = programs.prefill_embed[bucket](self._model.embedding, packed)
+        unit = programs.prefill_unit[bucket]
+        for weights, offset in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(weights, hidden, self._arena, packed, offset)
+        if not chunk.samples:
+            flight.prefilled.append(hidden)
+            return
+        last, device_rows, lengths = programs.prefill_last[bucket](hidden, packed)
+        row = np.array([chunk.row], np.int32)
+        masks = {row: mask for row, mask in flight.plan.masks.items() if row == chunk.row}
+        kind = self._rows.head_kind(row, masked=bool(masks))
+        sampling = self._put(self._rows.sampling(row))
+        flight.prefills.append(
+            self._sample(kind, row, 1, last, device_rows, lengths, sampling, masks)
+        )
+
+    def _sample(
+        self,
+        kind: HeadKind,
+        rows: Int32,
+        bucket: int,
+        hidden: jax.Array,
+        device_rows: jax.Array,
+        lengths: jax.Array,
+        sampling: jax.Array,
+        masks: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.uint32]]],
+    ) -> _Sampled:
+        more: tuple[jax.Array, ...] = ()
+        if kind is not HeadKind.GREEDY:
+            more = (sampling,)
+        if kind is HeadKind.COMPLETE:
+            vocab_size = self._limits.vocab_size
+            more += (
+                self._put(mask_array(rows, bucket, masks, vocab_size))
+                if masks
+                else self._no_masks[bucket],
+            )
+        tokens, self._last_tokens, lengths, *logprobs = self._programs.head[bucket, kind](
+            self._model.head, hidden, self._last_tokens, device_rows, lengths, *more
+        )
+        for array in (tokens, *logprobs):
+            array.copy_to_host_async()
+        return _Sampled(rows.size, tokens, tuple(logprobs), (self._last_tokens, lengths))
+
+    def _decode_batch(self, rows: Int32) -> _DecodeBatch:
+        """Device copies for these rows, refreshed where the host state changed."""
+        state, batch = self._rows, self._batch
+        versions = (state.tables_version, state.lengths_version, state.sampling_version)
+        if batch is None or not np.array_equal(batch.rows, rows):
+            bucket = _bucket(self._decode_buckets, rows.size)
+            padded = padded_rows(rows, bucket, state.padding)
+            device_rows, tables, lengths, sampling = self._put_all(
+                padded, state.tables(padded), state.next_lengths(padded), state.sampling(padded)
+            )
+            kind = state.head_kind(rows, masked=False)
+            batch = _DecodeBatch(
+                rows.copy(), bucket, padded, device_rows, tables, lengths, sampling, kind, versions
+            )
+            self._batch = batch
+            return batch
+        if versions != batch.versions:
+            if versions[0] != batch.versions[0]:
+                batch.tables = self._put(state.tables(batch.padded))
+            if versions[1] != batch.versions[1]:
+                batch.lengths = self._put(state.next_lengths(batch.padded))
+            if versions[2] != batch.versions[2]:
+                batch.sampling = self._put(state.sampling(batch.padded))
+                batch.kind = state.head_kind(rows, masked=False)
+            batch.versions = versions
+        return batch
+
+    def _finish(self, flight: _InFlight) -> StepResult:
+        """Read what the plan drew; a multi-step plan is driven to its end."""
+        plan = flight.plan
+        jax.block_until_ready(flight.prefilled)
+        columns = [
+            np.concatenate([_tokens(part) for part in (*flight.steps[:1], *flight.prefills)])
+            if flight.steps or flight.prefills
+            else NO_ROWS
+        ]
+        while plan.steps > 1:
+            taken = len(columns)
+            if taken == plan.steps or self._rows.any_stops(plan.decode_rows, columns[-1]):
+                self._undo(flight, taken)
+                break
+            if len(flight.steps) < plan.steps and not self._interrupted.is_set():
+                self._dispatch_decode(flight)
+            if len(flight.steps) == taken:
+                break
+            columns.append(_tokens(flight.steps[taken]))
+        if plan.steps > 1:
+            self._interrupted.clear()
+        ended = [chunk.row for chunk in plan.prefills if chunk.samples]
+        drew = np.concatenate([plan.decode_rows, np.asarray(ended, np.int32)])
+        if not drew.size:
+            return StepResult(plan.step_id, NO_ROWS, np.zeros((0, 0), np.int32))
+        tokens = np.stack(columns, axis=1)
+        return StepResult(plan.step_id, drew, tokens, self._logprobs(flight, drew, len(columns)))
+
+    def _undo(self, flight: _InFlight, taken: int) -> None:
+        """Forget the steps dispatched after the first `taken`."""
+        extra = len(flight.steps) - taken
+        if not extra:
+            return
+        self._last_tokens, lengths = flight.steps[taken - 1].after
+        self._rows.grow(flight.plan.decode_rows, -extra)
+        if self._batch is not None:
+            self._batch.lengths = lengths
+        del flight.steps[taken:]
+
+    def _logprobs(self, flight: _InFlight, rows: Int32, steps: int) -> LogprobArrays | None:
+        """Log-probabilities of everything drawn, if any row asked; zeros for rows without."""
+        if not self._rows.wants_logprobs(rows):
+            return None
+        best = self._limits.max_logprobs
+        chosen = np.zeros((rows.size, steps), np.float32)
+        top_ids = np.zeros((rows.size, steps, best), np.int32)
+        top = np.zeros((rows.size, steps, best), np.float32)
+        first = 0
+        groups = [flight.steps, *([part] for part in flight.prefills)]
+        for group in groups:
+            for step, part in enumerate(group):
+                if part.logprobs:
+                    found = [np.asarray(array)[: part.count] for array in part.logprobs]
+                    place = slice(first, first + part.count)
+                    chosen[place, step], top_ids[place, step], top[place, step] = found
+            first += group[0].count if group else 0
+        return LogprobArrays(chosen, top_ids, top)
+
+    def _put(self, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> jax.Array:
+        """Copy to every device of the mesh. The array must not be written afterwards."""
+        placed: jax.Array = jax.device_put(array, self._everywhere)
+        return placed
+
+    def _put_all(
+        self, *arrays: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+    ) -> Sequence[jax.Array]:
+        placed: Sequence[jax.Array] = jax.device_put(arrays, self._everywhere)
+        return placed
+
+
+def _tokens(part: _Sampled) -> Int32:
+    """Wait for the tokens of one head call, int32 [count]."""
+    return np.asarray(part.tokens)[: part.count]
+
+
+def _bucket(buckets: Sequence[int], size: int) -> int:
+    """The smallest bucket that holds so many."""
+    return next(bucket for bucket in buckets if bucket >= size)

@@ -1,0 +1,338 @@
+"""The compiled programs of a replica: what runs on its devices in a step.
+
+A decode step is embed, one call per unit, head; a prefill chunk is embed, one call per unit and,
+if it samples, last and head. Each kind is compiled once per bucket; all units share one program,
+because a unit's place is an argument. Everything runs inside one `shard_map` over the tensor axis.
+"""
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lumen_kernels import paged_attention
+
+from lumen.config import ModelConfig
+from lumen.model import ModelDefs
+from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
+from lumen.sharding import TENSOR_AXIS
+from serving.engine.device.arena import ArenaLayout
+from serving.engine.device.compilation import Compiled
+
+_WHOLE = PartitionSpec()
+_ARENA = PartitionSpec(TENSOR_AXIS)
+
+SAMPLING_FIELDS = 5
+"""Rows of the packed sampling array: temperature, top_k, top_p, min_p, seed, as int32 bits."""
+
+CHUNK_EXTRAS = 3
+"""Entries of a packed chunk after tokens and table: start, count, row."""
+
+
+class HeadKind(enum.Enum):
+    """What a head program computes. Each does all that those before it do."""
+
+    GREEDY = "greedy"
+    SAMPLED = "sampled"
+    COMPLETE = "complete"  # masks and log-probabilities too
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShapes:
+    """What all programs of a replica have in common.
+
+    table_columns: blocks of one row's table. num_rows: rows of `last_tokens`.
+    """
+
+    config: ModelConfig
+    defs: ModelDefs
+    mesh: Mesh
+    dtype: Any
+    arena: ArenaLayout
+    num_rows: int
+    table_columns: int
+    max_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Compiled programs by bucket. Shapes: b rows, c tokens of a chunk, t table columns.
+
+    decode_embed[b](embedding, last_tokens [num_rows], rows [b]) -> hidden [b, hidden size]
+    decode_unit[b](unit, hidden, arena, tables [b, t], lengths [b], offset) -> hidden, arena
+    prefill_embed[c](embedding, chunk [c + t + 3]) -> hidden [c, hidden size]
+    prefill_unit[c](unit, hidden, arena, chunk, offset) -> hidden, arena
+    prefill_last[c](hidden, chunk) -> hidden [1, hidden size], rows [1], lengths [1]
+    head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
+        last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
+    zero_arena() -> arena
+
+    rows: num_rows marks a padding row. lengths: tokens including the one being run, 0 for padding.
+    more: sampling [5, b] for SAMPLED and COMPLETE, then masks uint32 [b, words] for COMPLETE.
+    hidden and arena are donated, except the hidden of prefill_last.
+    """
+
+    decode_embed: dict[int, Compiled]
+    decode_unit: dict[int, Compiled]
+    prefill_embed: dict[int, Compiled]
+    prefill_unit: dict[int, Compiled]
+    prefill_last: dict[int, Compiled]
+    head: dict[tuple[int, HeadKind], Compiled]
+    zero_arena: Compiled
+
+
+class ProgramBuilder:
+    """Describes every program a replica needs, ready to be lowered."""
+
+    def __init__(self, shapes: ProgramShapes) -> None:
+        self._shapes = shapes
+        self._platform = shapes.mesh.devices.flat[0].platform
+        self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
+
+    def lowerings(
+        self, decode_buckets: Sequence[int], chunk_buckets: Sequence[int]
+    ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
+        """(field of Programs, bucket, ...) to a function that lowers that program."""
+        found: dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]] = {
+            ("zero_arena",): self._zero_arena
+        }
+        # Units first: they take longest to compile.
+        for b in reversed(decode_buckets):
+            found["decode_unit", b] = partial(self._decode_unit, b)
+        for c in reversed(chunk_buckets):
+            found["prefill_unit", c] = partial(self._prefill_unit, c)
+        for b in decode_buckets:
+            for kind in HeadKind:
+                found["head", b, kind] = partial(self._head, b, kind)
+            found["decode_embed", b] = partial(self._decode_embed, b)
+        for c in chunk_buckets:
+            found["prefill_embed", c] = partial(self._prefill_embed, c)
+            found["prefill_last", c] = partial(self._prefill_last, c)
+        return found
+
+    def _zero_arena(self) -> jax.stages.Lowered:
+        arena = self._arena()
+
+        def zero_arena() -> jax.Array:
+            return jnp.zeros(arena.shape, arena.dtype)
+
+        return jax.jit(zero_arena, out_shardings=arena.sharding).lower()
+
+    def _decode_embed(self, rows: int) -> jax.stages.Lowered:
+        embedding = self._shapes.defs.embedding
+
+        def decode_embed(
+            weights: Sequence[jax.Array], last_tokens: jax.Array, rows: jax.Array
+        ) -> jax.Array:
+            tokens = last_tokens.at[rows].get(mode="fill", fill_value=0)
+            hidden: jax.Array = embedding.merge(weights)(tokens, self._axis)
+            return hidden
+
+        return self._lower(
+            decode_embed,
+            (self._weights(embedding), self._int32(self._shapes.num_rows), self._int32(rows)),
+            _WHOLE,
+        )
+
+    def _decode_unit(self, rows: int) -> jax.stages.Lowered:
+        unit = self._shapes.defs.unit
+
+        def decode_unit(
+            weights: Sequence[jax.Array],
+            hidden: jax.Array,
+            arena: jax.Array,
+            tables: jax.Array,
+            lengths: jax.Array,
+            offset: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            def attend(
+                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: jax.Array
+            ) -> tuple[jax.Array, jax.Array]:
+                out, _, arena = paged_attention.decode(
+                    q, k, v, arena, tables, lengths, self._layer_offset(offset, layer_in_unit),
+                    **self._attention(),
+                )  # fmt: skip
+                return out, arena
+
+            positions = jnp.maximum(lengths - 1, 0)
+            result: tuple[jax.Array, jax.Array] = unit.merge(weights)(
+                hidden, positions, arena, attend, self._axis
+            )
+            return result
+
+        return self._lower(
+            decode_unit,
+            (
+                self._weights(unit), self._hidden(rows), self._arena(),
+                self._int32(rows, self._shapes.table_columns), self._int32(rows), self._int32(),
+            ),
+            (_WHOLE, _ARENA),
+            donate=(1, 2),
+        )  # fmt: skip
+
+    def _prefill_embed(self, tokens: int) -> jax.stages.Lowered:
+        embedding = self._shapes.defs.embedding
+
+        def prefill_embed(weights: Sequence[jax.Array], chunk: jax.Array) -> jax.Array:
+            hidden: jax.Array = embedding.merge(weights)(chunk[:tokens], self._axis)
+            return hidden
+
+        return self._lower(prefill_embed, (self._weights(embedding), self._chunk(tokens)), _WHOLE)
+
+    def _prefill_unit(self, tokens: int) -> jax.stages.Lowered:
+        unit = self._shapes.defs.unit
+
+        def prefill_unit(
+            weights: Sequence[jax.Array],
+            hidden: jax.Array,
+            arena: jax.Array,
+            chunk: jax.Array,
+            offset: jax.Array,
+        ) -> tuple[jax.Array, jax.Array]:
+            table, start, count, _ = self._unpacked(chunk, tokens)
+
+            def attend(
+                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: jax.Array
+            ) -> tuple[jax.Array, jax.Array]:
+                out, _, arena = paged_attention.prefill(
+                    q[None], k[None], v[None], arena, table[None], start[None], count[None],
+                    self._layer_offset(offset, layer_in_unit), **self._attention(),
+                )  # fmt: skip
+                return out[0], arena
+
+            positions = start + jnp.arange(tokens, dtype=jnp.int32)
+            result: tuple[jax.Array, jax.Array] = unit.merge(weights)(
+                hidden, positions, arena, attend, self._axis
+            )
+            return result
+
+        return self._lower(
+            prefill_unit,
+            (
+                self._weights(unit), self._hidden(tokens), self._arena(), self._chunk(tokens),
+                self._int32(),
+            ),
+            (_WHOLE, _ARENA),
+            donate=(1, 2),
+        )  # fmt: skip
+
+    def _prefill_last(self, tokens: int) -> jax.stages.Lowered:
+        def prefill_last(
+            hidden: jax.Array, chunk: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            _, start, count, row = self._unpacked(chunk, tokens)
+            last = lax.dynamic_slice_in_dim(hidden, count - 1, 1)
+            return last, row[None], (start + count)[None]
+
+        return self._lower(
+            prefill_last, (self._hidden(tokens), self._chunk(tokens)), (_WHOLE, _WHOLE, _WHOLE)
+        )
+
+    def _head(self, rows: int, kind: HeadKind) -> jax.stages.Lowered:
+        shapes = self._shapes
+
+        def head(
+            weights: Sequence[jax.Array],
+            hidden: jax.Array,
+            last_tokens: jax.Array,
+            rows: jax.Array,
+            lengths: jax.Array,
+            *more: jax.Array,
+        ) -> tuple[jax.Array, ...]:
+            logits: jax.Array = shapes.defs.head.merge(weights)(hidden, self._axis)
+            logprobs: tuple[jax.Array, ...] = ()
+            if kind is HeadKind.GREEDY:
+                tokens = sample_greedy(logits)
+            else:
+                # The token being drawn stands right behind the `lengths` tokens seen.
+                tokens = sample(logits, lengths, _sampling(more[0]), *more[1:])
+            if kind is HeadKind.COMPLETE:
+                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs)
+            last_tokens = last_tokens.at[rows].set(tokens, mode="drop")
+            return tokens, last_tokens, jnp.where(lengths > 0, lengths + 1, 0), *logprobs
+
+        more: tuple[jax.ShapeDtypeStruct, ...] = ()
+        if kind is not HeadKind.GREEDY:
+            more += (self._int32(SAMPLING_FIELDS, rows),)
+        if kind is HeadKind.COMPLETE:
+            words = -(-shapes.config.vocab_size // 32)
+            more += (self._struct((rows, words), jnp.uint32, _WHOLE),)
+        outputs = 6 if kind is HeadKind.COMPLETE else 3
+        return self._lower(
+            head,
+            (
+                self._weights(shapes.defs.head), self._hidden(rows), self._int32(shapes.num_rows),
+                self._int32(rows), self._int32(rows), *more,
+            ),
+            (_WHOLE,) * outputs,
+        )  # fmt: skip
+
+    def _attention(self) -> dict[str, Any]:
+        config = self._shapes.config
+        return {
+            "platform": self._platform,
+            "scale": config.head_dim**-0.5,
+            "sliding_window": config.sliding_window,
+        }
+
+    def _layer_offset(self, unit_offset: jax.Array, layer: int) -> jax.Array:
+        return unit_offset + layer * self._shapes.arena.heads
+
+    def _unpacked(self, chunk: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
+        """Table [t], start, count and row of a packed chunk."""
+        end = tokens + self._shapes.table_columns
+        return chunk[tokens:end], chunk[end], chunk[end + 1], chunk[end + 2]
+
+    def _lower(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        out_specs: Any,
+        donate: tuple[int, ...] = (),
+    ) -> jax.stages.Lowered:
+        in_specs = jax.tree.map(lambda struct: struct.sharding.spec, arguments)
+        sharded = jax.shard_map(
+            function, mesh=self._shapes.mesh, in_specs=in_specs, out_specs=out_specs,
+            check_vma=False,
+        )  # fmt: skip
+        sharded.__name__ = function.__name__
+        return jax.jit(sharded, donate_argnums=donate).lower(*arguments)
+
+    def _weights(self, module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(
+            self._struct(shape, dtype, spec)
+            for shape, dtype, spec in zip(
+                module.global_shapes, module.dtypes, module.specs, strict=True
+            )
+        )
+
+    def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
+        return self._struct((tokens, self._shapes.config.hidden_size), self._shapes.dtype, _WHOLE)
+
+    def _arena(self) -> jax.ShapeDtypeStruct:
+        layout = self._shapes.arena
+        slots = layout.slots * self._shapes.mesh.size
+        return self._struct((slots, 2, layout.block_size, layout.head_dim), layout.dtype, _ARENA)
+
+    def _chunk(self, tokens: int) -> jax.ShapeDtypeStruct:
+        return self._int32(tokens + self._shapes.table_columns + CHUNK_EXTRAS)
+
+    def _int32(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self._struct(shape, jnp.int32, _WHOLE)
+
+    def _struct(
+        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._shapes.mesh, spec))
+
+
+def _sampling(packed: jax.Array) -> SamplingArrays:
+    """Sampling parameters from int32 [5, rows]."""
+    floats = lax.bitcast_convert_type(packed, jnp.float32)
+    seed = lax.bitcast_convert_type(packed[4], jnp.uint32)
+    return SamplingArrays(floats[0], packed[1], floats[2], floats[3], seed)
