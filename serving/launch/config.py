@@ -93,7 +93,7 @@ class BatchSettings:
     )
     max_prefills: int = _setting(4, "Prompts that one step works on.", minimum=1, maximum=256)
     decode_steps: int = _setting(
-        4, "Decode steps taken without returning to the host when nothing waits.", minimum=1
+        1, "Decode steps taken without returning to the host when nothing waits.", minimum=1
     )
     block_size: int = _setting(16, "Tokens of one KV block.", minimum=1, maximum=1024)
     num_blocks: int | None = _setting(
@@ -238,6 +238,12 @@ def _check_contradictions(config: ServeConfig) -> None:
         )
     if not door.host:
         raise ConfigurationError("--host is empty; name an address, for example 127.0.0.1.")
+    if batching.token_budget <= batching.num_rows:
+        raise ConfigurationError(
+            f"--token_budget={batching.token_budget} is not more than --num_rows="
+            f"{batching.num_rows}: decoding alone would fill every step; raise the one or lower "
+            "the other."
+        )
     max_model_len = config.model.max_model_len
     if max_model_len is not None and batching.num_blocks is not None:
         held = batching.num_blocks * batching.block_size

@@ -49,6 +49,7 @@ def test_flags_reach_the_tree_with_their_types():
         (["--prefix_cache=perhaps"], "prefix_cache"),
         (["--num_blocks=2", "--max_model_len=100"], "--num_blocks"),
         (["--host="], "--host"),
+        (["--token_budget=16"], "--token_budget"),
         (["model"], "'model'"),
         (["--config=missing.toml"], "missing.toml"),
         (["--workers=a:1"], "workers"),  # a gateway's flag, not lumen-serve's
