@@ -6,6 +6,7 @@ which see every attempt once.
 
 from dataclasses import dataclass, replace
 
+from serving.cluster.fences import FenceKey, Fences
 from serving.cluster.messages import (
     AbortRequest,
     FetchOutput,
@@ -45,8 +46,7 @@ from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import FinishReason, RequestOutput
 from serving.errors import InternalError
 
-type FenceKey = tuple[str, str]  # (gateway_id, request_id)
-type TimerKey = tuple[str, str, str | int]
+type TimerKey = tuple[str, str, int]  # (kind, gateway or request id, attempt or 0)
 
 
 @dataclass(slots=True)
@@ -65,9 +65,7 @@ class WorkerCore:
         self._replicas = {info.replica: info for info in config.replicas}
         self._loads = {info.replica: idle_load(info) for info in config.replicas}
         self._attempts: dict[AttemptKey, Attempt] = {}
-        # The newest attempt heard of, per request: a late repetition of an older message must
-        # not start anything. Outlives the attempt itself.
-        self._fences: dict[FenceKey, int] = {}
+        self._fences = Fences(config.retain_ended_s)
         self._links: dict[int, None] = {}
         self._peers: dict[str, Peer] = {}
         self._timers: Timers[TimerKey] = Timers()
@@ -78,7 +76,8 @@ class WorkerCore:
 
     def next_due(self) -> float | None:
         """When the next WorkerTick is due, on the clock of `now`."""
-        return self._timers.next_due()
+        due = [self._timers.next_due(), self._fences.next_due()]
+        return min((time for time in due if time is not None), default=None)
 
     def is_idle(self) -> bool:
         """Nothing runs here and no output is kept."""
@@ -97,7 +96,7 @@ class WorkerCore:
         newest: dict[FenceKey, Attempt] = {}
         for (request_id, number), attempt in self._attempts.items():
             fence = (attempt.gateway_id, request_id)
-            if number > self._fences.get(fence, 0):
+            if number > self._fences.newest(fence):
                 raise InternalError(f"Attempt {number} of {request_id} is not fenced.")
             if (attempt.finish is not None) != self._timers.is_armed(("ended", *attempt.key)):
                 raise InternalError(f"Attempt {number} of {request_id} may be kept for ever.")
@@ -105,9 +104,7 @@ class WorkerCore:
                 if fence in newest:
                     raise InternalError(f"Two attempts of {request_id} run on one worker.")
                 newest[fence] = attempt
-        for fence in self._fences:
-            if not self._timers.is_armed(("fence", *fence)):
-                raise InternalError(f"The fence of {fence[1]} may be kept for ever.")
+        self._fences.check_invariants()
 
     def handle(self, event: WorkerEvent, now: float) -> list[WorkerEffect]:
         """Take one event; return what is to be done, in order."""
@@ -158,7 +155,7 @@ class WorkerCore:
             case SubmitRequest():
                 self._submit(message, now)
             case AbortRequest(gateway_id, request_id, number):
-                self._raise_fence((gateway_id, request_id), number, now)
+                self._fences.touch((gateway_id, request_id), number, now)
                 attempt = self._owned(gateway_id, request_id, number)
                 if attempt is None:
                     self._send(gateway_id, unknown(self._config, (request_id, number)))
@@ -178,7 +175,7 @@ class WorkerCore:
                 for request_id, number in acknowledged:
                     attempt = self._owned(gateway_id, request_id, number)
                     if attempt is not None and attempt.finish is not None:
-                        self._forget(attempt)
+                        self._forget(attempt, now)
 
     # Attempts.
 
@@ -198,15 +195,15 @@ class WorkerCore:
         # `known`: two requests are named alike. A higher attempt number is free.
         if (
             known is not None
-            or self._is_fenced(fence, request.attempt)
+            or self._fences.blocks(fence, request.attempt)
             or self._draining
             or load is None
             or not load.healthy
         ):
             self._send(message.gateway_id, unknown(self._config, key))
             return
-        self._fence_older(message.gateway_id, request.request_id, request.attempt)
-        self._raise_fence(fence, request.attempt, now)
+        self._fence_older(fence, request.attempt)
+        self._fences.touch(fence, request.attempt, now)
         attempt = Attempt(message.gateway_id, message.replica, request)
         self._attempts[key] = attempt
         left = message.deadline_in_s
@@ -214,19 +211,17 @@ class WorkerCore:
         self._effects.append(PostToReplica(message.replica, AddRequest(rebased)))
         self._send(message.gateway_id, accepted(self._config, attempt.key))
 
-    def _is_fenced(self, fence: FenceKey, number: int) -> bool:
-        return number <= self._fences.get(fence, 0)
-
-    def _raise_fence(self, fence: FenceKey, number: int, now: float) -> None:
-        self._fences[fence] = max(number, self._fences.get(fence, 0))
-        self._timers.arm(("fence", *fence), now + self._config.retain_ended_s)
-
-    def _fence_older(self, gateway_id: str, request_id: str, number: int) -> None:
-        newest = self._fences.get((gateway_id, request_id), 0)
-        for older in range(newest, 0, -1):
-            attempt = self._owned(gateway_id, request_id, older)
-            if attempt is not None and older < number:
+    def _fence_older(self, fence: FenceKey, number: int) -> None:
+        """A newer attempt of a request arrived: stop the older ones."""
+        for attempt in self._held(fence):
+            if attempt.request.attempt < number:
                 self._cancel(attempt)
+
+    def _held(self, fence: FenceKey) -> list[Attempt]:
+        """All attempts of a request that are here, newest first."""
+        numbers = range(self._fences.newest(fence), 0, -1)
+        held = [self._owned(*fence, number) for number in numbers]
+        return [attempt for attempt in held if attempt is not None]
 
     def _owned(self, gateway_id: str, request_id: str, number: int) -> Attempt | None:
         attempt = self._attempts.get((request_id, number))
@@ -238,7 +233,9 @@ class WorkerCore:
             attempt.cancelling = True
             self._effects.append(PostToReplica(attempt.replica, CancelRequest(*attempt.key)))
 
-    def _forget(self, attempt: Attempt) -> None:
+    def _forget(self, attempt: Attempt, now: float) -> None:
+        fence = (attempt.gateway_id, attempt.request.request_id)
+        self._fences.touch(fence, attempt.request.attempt, now)
         del self._attempts[attempt.key]
         self._timers.disarm(("ended", *attempt.key))
 
@@ -277,26 +274,16 @@ class WorkerCore:
     # Time.
 
     def _tick(self, now: float) -> None:
-        for kind, first, second in self._timers.pop_due(now):
+        self._fences.expire(now, lambda fence: bool(self._held(fence)))
+        for kind, name, number in self._timers.pop_due(now):
             match kind:
                 case "report":
-                    self._timers.arm((kind, first, second), now + self._config.report_interval_s)
+                    self._timers.arm((kind, name, number), now + self._config.report_interval_s)
                     self._report(list(self._links))
                 case "ended":
-                    assert isinstance(second, int)
-                    self._forget(self._attempts[first, second])
-                case "fence":
-                    assert isinstance(second, str)
-                    self._fence_due((first, second), now)
+                    self._forget(self._attempts[name, number], now)
                 case "gateway":
-                    self._gateway_due(first, now)
-
-    def _fence_due(self, fence: FenceKey, now: float) -> None:
-        """Keep the fence as long as any attempt that it is about."""
-        if any(self._owned(*fence, number) for number in range(self._fences[fence], 0, -1)):
-            self._timers.arm(("fence", *fence), now + self._config.retain_ended_s)
-        else:
-            del self._fences[fence]
+                    self._gateway_due(name, now)
 
     def _gateway_due(self, gateway_id: str, now: float) -> None:
         """The lease of a gateway is over, unless it spoke meanwhile."""
@@ -311,7 +298,7 @@ class WorkerCore:
             if attempt.finish is None:
                 self._cancel(attempt)
             else:
-                self._forget(attempt)
+                self._forget(attempt, now)
 
     # Messages out.
 

@@ -4,6 +4,7 @@ import pytest
 
 from serving.cluster.attempt_ledger import AttemptLedger
 from serving.cluster.durable_requests import DurableRequests
+from serving.cluster.fences import Fences
 from serving.cluster.gateway_requests import Placement, RequestRecord
 from serving.cluster.worker_core import WorkerCore
 from serving.errors import InternalError
@@ -69,7 +70,7 @@ BROKEN_RULES = {
     "requests of lost workers stay there": (DurableRequests, "worker_lost", nothing),
     "an unanswered question is not repeated": (Placement, "ask_due", never_again),
     "an abort is not repeated": (AttemptLedger, "tick", due_but_not_done),
-    "late submits start again": (WorkerCore, "_is_fenced", fence_forgets),
+    "late submits start again": (Fences, "blocks", fence_forgets),
     "a resume replays everything": (DurableRequests, "attach", resumed_from_the_start),
     "a worker forgets no output": (WorkerCore, "_forget", nothing),
     "an engine does not cancel": (ReplicaNode, "post", replica_keeps_cancelled),
