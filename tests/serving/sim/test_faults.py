@@ -1,5 +1,8 @@
 """200 seeds of message faults, crashes and partitions, each under all invariants."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -39,6 +42,15 @@ def test_same_seed_same_log(seed):
         logs.append("\n".join(run.world.log).encode())
     assert len(logs[0]) > 10_000
     assert logs[0] == logs[1]
+
+
+def test_the_replay_command_gives_the_same_run_under_another_hash_seed():
+    run = FaultRun(3, keep_log=True)
+    result = run.run()
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-m", "serving.sim.fault_run", "3"]
+    replay = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert replay.stdout == "\n".join([*run.world.log, repr(result)]) + "\n"
 
 
 def test_another_seed_another_log():
