@@ -189,16 +189,15 @@ class DurableRequests:
 
     def output(self, worker: WorkerState, output: RequestOutput) -> None:
         """New or repeated tokens of an attempt, and perhaps its end."""
-        worker_id = worker.hello.worker_id
-        key = (worker_id, output.request_id, output.attempt)
         record = self._current(worker, output.request_id, output.attempt)
         if record is None:
+            key = (worker.hello.worker_id, output.request_id, output.attempt)
             if output.finish is not None:
                 self.ledger.ended(*key)
             else:
                 self.close_attempt(*key)
             return
-        delivered, queued = len(record.tokens), record.queued
+        delivered = len(record.tokens)
         placement = self._heard(worker, record)
         if not record.append(output):
             if not placement.gap:
@@ -206,11 +205,13 @@ class DurableRequests:
                 self.ask(record, placement)
             return
         placement.gap = False
-        if queued and record.tokens:
+        if not delivered and record.tokens:
             self.admission.leave(self.now)
         if output.finish is None:
             self._streams.deliver(record, delivered)
             return
+        worker_id = worker.hello.worker_id
+        key = (worker_id, output.request_id, output.attempt)
         self.ledger.ended(*key)
         # A client's cancellation ends the record at once, so here it is the worker's own.
         if output.retriable or output.finish is FinishReason.CANCELLED:
@@ -226,9 +227,14 @@ class DurableRequests:
         record = self.records.get(request_id)
         if record is None or record.placement is None:
             return None
-        at = record.placement
-        here = (worker.hello.worker_id, worker.hello.incarnation, attempt)
-        return record if (at.worker_id, at.incarnation, at.attempt) == here else None
+        at, hello = record.placement, worker.hello
+        if (
+            at.attempt != attempt
+            or at.worker_id != hello.worker_id
+            or at.incarnation != hello.incarnation
+        ):
+            return None
+        return record
 
     def _heard(self, worker: WorkerState, record: RequestRecord) -> Placement:
         placement = record.placement

@@ -131,9 +131,11 @@ class RequestRecord:
         skip = len(self.tokens) - output.start_index
         if skip < 0:
             return False
-        self.tokens.extend(output.tokens[skip:])
-        self.logprobs.extend(output.logprobs[skip:])
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        self.tokens.extend(output.tokens[skip:] if skip else output.tokens)
+        if output.logprobs:
+            self.logprobs.extend(output.logprobs[skip:])
+        if output.cached_tokens > self.cached_tokens:
+            self.cached_tokens = output.cached_tokens
         return True
 
     def delta_from(self, index: int) -> Delta:
@@ -141,7 +143,7 @@ class RequestRecord:
         return Delta(
             start_index=index,
             tokens=tuple(self.tokens[index:]),
-            logprobs=tuple(self.logprobs[index:]),
+            logprobs=tuple(self.logprobs[index:]) if self.logprobs else (),
             finish=self.finish,
             detail=self.detail,
             cached_tokens=self.cached_tokens,

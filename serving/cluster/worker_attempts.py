@@ -11,8 +11,8 @@ type AttemptKey = tuple[str, int]  # (request_id, attempt): unique inside a work
 class Attempt:
     """One attempt that this worker accepted; it runs until `finish` is set.
 
-    tokens[j] has index start_index + j. All of them are kept until the end is acknowledged, so
-    that a gateway that missed a message can ask again.
+    tokens[j] has index start_index + j; next_index is that of the token to come. All of them are
+    kept until the end is acknowledged, so that a gateway that missed a message can ask again.
     """
 
     gateway_id: str
@@ -25,6 +25,11 @@ class Attempt:
     cached_tokens: int = 0
     retriable: bool = False
     cancelling: bool = False
+    next_index: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start behind what earlier attempts emitted."""
+        self.next_index = self.start_index
 
     @property
     def key(self) -> AttemptKey:
@@ -35,11 +40,6 @@ class Attempt:
     def start_index(self) -> int:
         """Index of the first token of this attempt."""
         return len(self.request.emitted)
-
-    @property
-    def next_index(self) -> int:
-        """Index of the token that comes next."""
-        return self.start_index + len(self.tokens)
 
     def is_repeated_by(self, request: EngineRequest) -> bool:
         """The same submit again, and not another request that happens to be named alike."""
@@ -57,13 +57,19 @@ class Attempt:
         """
         assert self.finish is None
         assert output.start_index == self.next_index
+        # One call per running request and step: what is rare costs one look.
         self.tokens.extend(output.tokens)
-        self.logprobs.extend(output.logprobs)
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        self.next_index += len(output.tokens)
+        if output.logprobs:
+            self.logprobs.extend(output.logprobs)
+        if output.cached_tokens:
+            self.cached_tokens = output.cached_tokens
+        if output.finish is None:
+            return False
         self.finish = output.finish
         self.detail = output.detail
         self.retriable = output.retriable
-        return output.finish is not None
+        return True
 
     def since(self, index: int) -> RequestOutput:
         """Everything from token `index` on, and the end if it ended."""
