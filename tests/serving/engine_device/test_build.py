@@ -1,0 +1,154 @@
+"""What start-up refuses, what it promises, and what a failing device looks like."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lumen.presets import preset
+from lumen.sharding import HeadLayout
+from serving.engine.device import DeviceExecutor, DeviceExecutorConfig, build_device_executor
+from serving.engine.device.arena import arena_layout
+from serving.engine.device.compilation import CompileWatch
+from serving.engine.device.memory import DeviceMemory
+from serving.errors import ConfigurationError, ExecutorError
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def build(weights, **changes):
+    settings = {"max_model_len": 128, "num_rows": 1, "max_prefill_tokens": 16, **changes}
+    return build_device_executor(
+        weights("tiny-smollm"), jax.devices()[:1], DeviceExecutorConfig(**settings)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_model_len": 0}, "max_model_len is 0; it must be at least 1"),
+        ({"num_blocks": 8, "arena_bytes": 8}, "give one of them"),
+        ({"memory_fraction": 0.0}, "more than 0"),
+        ({"prefill_buckets": (8, 32)}, "end with max_prefill_tokens"),
+        ({"max_model_len": 513}, "the model goes up to 512 tokens"),
+        ({"num_blocks": 7}, r"holds 7 blocks \(112 tokens\), but one request .* needs 8"),
+        ({"arena_bytes": 1}, "lower max_model_len to at most 0"),
+        ({"num_blocks": 1 << 33}, r"at most \d+ blocks \(\d+ tokens\) fit"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(weights, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(weights, **changes)
+
+
+def layout(memory, tensor=1, **changes):
+    model = preset("tiny-llama")  # 4 layers, 2 KV heads of 16: 16 KiB a block in float32
+    settings = {"max_model_len": 128, "num_rows": 2, **changes}
+    heads = HeadLayout(model.num_heads, model.num_kv_heads, tensor)
+    return arena_layout(model, heads, "float32", DeviceExecutorConfig(**settings), memory)
+
+
+def test_the_number_in_the_refusal_is_what_fits():
+    memory = DeviceMemory("the host", 8 * MIB, 2 * MIB, shared_with_host=True)
+    with pytest.raises(ConfigurationError, match=r"129 blocks takes .* at most 128 blocks"):
+        layout(memory, num_blocks=129)
+    assert layout(memory, num_blocks=128).num_blocks == 128
+    with pytest.raises(ConfigurationError, match="129 blocks"):
+        layout(memory, arena_bytes=2 * MIB + 16384)
+
+
+def test_the_arena_is_sized_for_the_device():
+    host = DeviceMemory("the host", 64 * GIB, 32 * GIB, shared_with_host=True)
+    assert layout(host).num_blocks == 2 * 8  # every row at full length
+    assert layout(host, num_rows=1 << 20).num_blocks == GIB // 16384  # within a GiB
+    assert layout(host, tensor=2, arena_bytes=MIB).num_blocks == 128  # half the heads each
+    chip = DeviceMemory("chip", 10 * MIB, 6 * MIB, shared_with_host=False)
+    assert layout(chip, memory_fraction=0.9).num_blocks == 5 * 64
+    with pytest.raises(ConfigurationError, match="holds 0 blocks"):
+        layout(chip, memory_fraction=0.3)
+    assert layout(None, num_blocks=9).num_blocks == 9
+    with pytest.raises(ConfigurationError, match="do not say how much memory"):
+        layout(None)
+
+
+def test_an_arena_beyond_32_bit_rows_is_refused():
+    memory = DeviceMemory("chip", 1 << 50, 1 << 50, shared_with_host=False)
+    blocks = (1 << 31) // (8 * 2 * 16)
+    assert layout(memory, num_blocks=blocks - 1).num_blocks == blocks - 1
+    with pytest.raises(ConfigurationError, match="32-bit"):
+        layout(memory, num_blocks=blocks + 1)
+
+
+def test_buckets_cover_every_size():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=12, max_prefill_tokens=100)
+    assert config.decode_buckets == (1, 2, 4, 8, 12)
+    assert config.chunk_buckets == (16, 32, 64, 100)
+
+
+def test_progress_counts_weights_and_programs(executor, weights, cache_dir):
+    seen = []
+    config = DeviceExecutorConfig(
+        max_model_len=128,
+        num_rows=1,
+        num_blocks=1024,
+        max_prefill_tokens=8,
+        prefill_buckets=(8,),
+        cache_dir=cache_dir,
+    )
+    build_device_executor(
+        weights("tiny-smollm"), jax.devices()[1:2], config, lambda *step: seen.append(step)
+    )
+    total = seen[0][1]
+    assert [(done, of) for done, of, _ in seen] == [(n, total) for n in range(1, total + 1)]
+    names = [name for _, _, name in seen]
+    assert names[:5] == ["weights"] * 5  # 3 units, embedding, head
+    assert {"decode_unit 1", "prefill_unit 8", "head 1 sampled"} <= set(names)
+
+
+def test_programs_update_the_arena_in_place(executor):
+    limits = executor.limits
+    arena = limits.num_blocks * limits.slots_per_block * 2 * limits.block_size * 8 * 4
+    programs = executor._programs
+    for unit in (*programs.decode_unit.values(), *programs.prefill_unit.values()):
+        memory = unit.memory_analysis()
+        assert memory.alias_size_in_bytes >= arena
+        assert memory.temp_size_in_bytes < arena / 4
+
+
+def test_the_watch_sees_a_compilation():
+    watch = CompileWatch()
+    jax.jit(lambda x: x * 3 + 1)(np.arange(7)).block_until_ready()
+    assert watch.count == 0
+    with watch:
+        jax.jit(lambda x: x * 5 + 2)(np.arange(7)).block_until_ready()
+    assert watch.count >= 1
+
+
+def test_a_failing_device_is_reported_once_and_for_all(executor, drive, prompt):
+    programs = executor._programs
+
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    heads = dict.fromkeys(programs.head, broken)
+    failing = DeviceExecutor(
+        executor._model,
+        dataclasses.replace(programs, head=heads),
+        executor.limits,
+        programs.zero_arena(),
+    )
+    driver = drive(failing)
+    part = driver.plan(decode_rows=np.array([0], np.int32))
+    failing.submit(part)
+    failing.submit(driver.plan())
+    for step_id in (1, 2):
+        result = failing.collect()
+        assert result.step_id == step_id
+        assert result.error == "JaxRuntimeError: INTERNAL: the device is gone"
+        assert result.rows.size == 0
+
+
+def test_collecting_nothing_is_an_error(executor):
+    with pytest.raises(ExecutorError, match="submit one first"):
+        executor.collect()
