@@ -244,12 +244,3 @@ def _check_contradictions(config: ServeConfig) -> None:
             f"{batching.num_rows}: decoding alone would fill every step; raise the one or lower "
             "the other."
         )
-    max_model_len = config.model.max_model_len
-    if max_model_len is not None and batching.num_blocks is not None:
-        held = batching.num_blocks * batching.block_size
-        if held < max_model_len:
-            raise ConfigurationError(
-                f"--num_blocks={batching.num_blocks} of --block_size={batching.block_size} hold "
-                f"{held} tokens, less than one request of --max_model_len="
-                f"{max_model_len}; raise the one or lower the other."
-            )

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from lumen.default_model import default_cache_dir
 from lumen.model_spec import ResolvedModel, resolve_model
 from serving.errors import ConfigurationError
-from serving.launch.config import DEFAULT_MAX_MODEL_LEN, ModelSettings
+from serving.launch.config import DEFAULT_MAX_MODEL_LEN, BatchSettings, ModelSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,19 @@ def served_model(settings: ModelSettings, progress: Progress | None = None) -> S
         wanted if wanted is not None else min(limit, DEFAULT_MAX_MODEL_LEN),
         resolved,
     )
+
+
+def check_arena_holds_a_request(batching: BatchSettings, model: ServedModel) -> None:
+    """Raise ConfigurationError if --num_blocks cannot hold one request of full length."""
+    if batching.num_blocks is None:
+        return
+    held = batching.num_blocks * batching.block_size
+    if held < model.max_model_len:
+        raise ConfigurationError(
+            f"--num_blocks={batching.num_blocks} of --block_size={batching.block_size} hold {held} "
+            f"tokens, less than one request of {model.max_model_len}; raise it to "
+            f"{-(-model.max_model_len // batching.block_size)} or lower --max_model_len."
+        )
 
 
 def cache_dir(settings: ModelSettings) -> Path:

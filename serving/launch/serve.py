@@ -8,7 +8,7 @@ from typing import Any
 from lumen.errors import LumenError
 from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse, to_flags
-from serving.launch.model import served_model
+from serving.launch.model import check_arena_holds_a_request, served_model
 from serving.launch.ports import reserve_port
 from serving.launch.progress import progress_display
 from serving.launch.self_check import complete_once
@@ -61,7 +61,8 @@ def prepare_model(config: ServeConfig) -> None:
     The default model is downloaded and converted here if this is the first start.
     """
     with progress_display() as progress:
-        served_model(config.model, progress)
+        model = served_model(config.model, progress)
+    check_arena_holds_a_request(config.batching, model)
 
 
 def child_plans(config: ServeConfig) -> list[ChildPlan]:

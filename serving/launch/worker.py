@@ -20,7 +20,7 @@ from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse
 from serving.launch.jax_start import start_jax
 from serving.launch.lifeline import Announce, watch_supervisor
-from serving.launch.model import ServedModel, served_model
+from serving.launch.model import ServedModel, check_arena_holds_a_request, served_model
 from serving.launch.progress import progress_display
 from serving.launch.replicas import build_replicas
 from serving.launch.signals import until_stopped
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
         devices = start_jax(line.config)
         with progress_display() as progress:
             model = served_model(line.config.model, progress)
+            check_arena_holds_a_request(line.config.batching, model)
             replicas = build_replicas(line.config, model, devices, progress)
         # What is alive now stays alive: collections would walk all of it in vain, and a full one
         # is a pause that every request feels.

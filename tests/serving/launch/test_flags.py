@@ -47,7 +47,6 @@ def test_flags_reach_the_tree_with_their_types():
         (["--memory_fraction=nan"], "--memory_fraction"),
         (["--platform=abacus"], "--platform"),
         (["--prefix_cache=perhaps"], "prefix_cache"),
-        (["--num_blocks=2", "--max_model_len=100"], "--num_blocks"),
         (["--host="], "--host"),
         (["--token_budget=16"], "--token_budget"),
         (["model"], "'model'"),
