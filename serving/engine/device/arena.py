@@ -13,6 +13,7 @@ from serving.errors import ConfigurationError
 
 _CPU_DEFAULT_BYTES = 1 << 30
 _GIB = float(1 << 30)
+_MAX_ROWS = (1 << 31) - (1 << 24)  # int32 rows, with indices to spare for writes that are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def arena_layout(
             f"{_gib(need * block_bytes)} or lower max_model_len to at most "
             f"{blocks * config.block_size}."
         )
-    limit = (1 << 31) // (layout(1).slots_per_block * 2 * config.block_size)
+    limit = _MAX_ROWS // (layout(1).slots_per_block * 2 * config.block_size)
     if blocks > limit:
         raise ConfigurationError(
             f"A KV arena of {blocks} blocks has more rows than 32-bit indices reach; at most "

@@ -15,7 +15,8 @@ from serving.engine.device.compilation import compile_all, persistent_cache
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.device.executor import DeviceExecutor
 from serving.engine.device.memory import device_memory
-from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs, ProgramShapes
+from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 

@@ -2,7 +2,6 @@
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -11,28 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import CompileWatch
+from serving.engine.device.decode_batch import DecodeBatches, bucket_of
 from serving.engine.device.programs import HeadKind, Programs
-from serving.engine.device.rows import RowState, mask_array, padded_rows
+from serving.engine.device.rows import RowState, mask_array
 from serving.engine.executor import ExecutorLimits
 from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, PrefillChunk, StepPlan, StepResult
 from serving.errors import ExecutorError
 
 _STEPS_AHEAD = 2  # decode steps of one plan on the device at a time: one runs, one waits
-
-
-@dataclass(slots=True)
-class _DecodeBatch:
-    """Device copies of what decode programs read of a set of rows, kept while it holds."""
-
-    rows: Int32
-    bucket: int
-    padded: Int32
-    device_rows: jax.Array
-    tables: jax.Array
-    lengths: jax.Array
-    sampling: jax.Array
-    kind: HeadKind
-    versions: tuple[int, int, int]  # of tables, lengths, sampling
 
 
 @dataclass(slots=True)
@@ -91,7 +76,7 @@ class DeviceExecutor:
             bucket: self._put(mask_array(NO_ROWS, bucket, {}, limits.vocab_size))
             for bucket in self._decode_buckets
         }
-        self._batch: _DecodeBatch | None = None
+        self._batches = DecodeBatches(self._rows, self._decode_buckets, self._put)
         self._in_flight: deque[_InFlight] = deque()
         self._waiting: deque[StepPlan] = deque()
         self._interrupted = threading.Event()
@@ -170,7 +155,7 @@ class DeviceExecutor:
 
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""
-        programs, batch = self._programs, self._decode_batch(flight.plan.decode_rows)
+        programs, batch = self._programs, self._batches.of(flight.plan.decode_rows)
         hidden = programs.decode_embed[batch.bucket](
             self._model.embedding, self._last_tokens, batch.device_rows
         )
@@ -192,7 +177,7 @@ class DeviceExecutor:
     def _dispatch_prefill(self, flight: _InFlight, chunk: PrefillChunk) -> None:
         """One chunk, and the token that follows it if it samples."""
         programs = self._programs
-        bucket = _bucket(self._chunk_buckets, chunk.tokens.size)
+        bucket = bucket_of(self._chunk_buckets, chunk.tokens.size)
         packed = self._put(self._rows.pack_chunk(chunk, bucket))
         hidden = programs.prefill_embed[bucket](self._model.embedding, packed)
         unit = programs.prefill_unit[bucket]
@@ -238,33 +223,6 @@ class DeviceExecutor:
             array.copy_to_host_async()
         return _Sampled(rows.size, tokens, tuple(logprobs), (self._last_tokens, lengths))
 
-    def _decode_batch(self, rows: Int32) -> _DecodeBatch:
-        """Device copies for these rows, refreshed where the host state changed."""
-        state, batch = self._rows, self._batch
-        versions = (state.tables_version, state.lengths_version, state.sampling_version)
-        if batch is None or not np.array_equal(batch.rows, rows):
-            bucket = _bucket(self._decode_buckets, rows.size)
-            padded = padded_rows(rows, bucket, state.padding)
-            device_rows, tables, lengths, sampling = self._put_all(
-                padded, state.tables(padded), state.next_lengths(padded), state.sampling(padded)
-            )
-            kind = state.head_kind(rows, masked=False)
-            batch = _DecodeBatch(
-                rows.copy(), bucket, padded, device_rows, tables, lengths, sampling, kind, versions
-            )
-            self._batch = batch
-            return batch
-        if versions != batch.versions:
-            if versions[0] != batch.versions[0]:
-                batch.tables = self._put(state.tables(batch.padded))
-            if versions[1] != batch.versions[1]:
-                batch.lengths = self._put(state.next_lengths(batch.padded))
-            if versions[2] != batch.versions[2]:
-                batch.sampling = self._put(state.sampling(batch.padded))
-                batch.kind = state.head_kind(rows, masked=False)
-            batch.versions = versions
-        return batch
-
     def _finish(self, flight: _InFlight) -> StepResult:
         """Read what the plan drew; a multi-step plan is driven to its end."""
         plan = flight.plan
@@ -300,8 +258,7 @@ class DeviceExecutor:
             return
         self._last_tokens, lengths = flight.steps[taken - 1].after
         self._rows.grow(flight.plan.decode_rows, -extra)
-        if self._batch is not None:
-            self._batch.lengths = lengths
+        self._batches.of(flight.plan.decode_rows).lengths = lengths
         del flight.steps[taken:]
 
     def _logprobs(self, flight: _InFlight, rows: Int32, steps: int) -> LogprobArrays | None:
@@ -328,18 +285,7 @@ class DeviceExecutor:
         placed: jax.Array = jax.device_put(array, self._everywhere)
         return placed
 
-    def _put_all(
-        self, *arrays: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
-    ) -> Sequence[jax.Array]:
-        placed: Sequence[jax.Array] = jax.device_put(arrays, self._everywhere)
-        return placed
-
 
 def _tokens(part: _Sampled) -> Int32:
     """Wait for the tokens of one head call, int32 [count]."""
     return np.asarray(part.tokens)[: part.count]
-
-
-def _bucket(buckets: Sequence[int], size: int) -> int:
-    """The smallest bucket that holds so many."""
-    return next(bucket for bucket in buckets if bucket >= size)

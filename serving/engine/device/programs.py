@@ -14,24 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lumen_kernels import paged_attention
 
-from lumen.config import ModelConfig
-from lumen.model import ModelDefs
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS
-from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.compilation import Compiled
-
-_WHOLE = PartitionSpec()
-_ARENA = PartitionSpec(TENSOR_AXIS)
-
-SAMPLING_FIELDS = 5
-"""Rows of the packed sampling array: temperature, top_k, top_p, min_p, seed, as int32 bits."""
-
-CHUNK_EXTRAS = 3
-"""Entries of a packed chunk after tokens and table: start, count, row."""
+from serving.engine.device.program_shapes import ARENA, SAMPLING_FIELDS, WHOLE, ProgramShapes
 
 
 class HeadKind(enum.Enum):
@@ -40,23 +28,6 @@ class HeadKind(enum.Enum):
     GREEDY = "greedy"
     SAMPLED = "sampled"
     COMPLETE = "complete"  # masks and log-probabilities too
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramShapes:
-    """What all programs of a replica have in common.
-
-    table_columns: blocks of one row's table. num_rows: rows of `last_tokens`.
-    """
-
-    config: ModelConfig
-    defs: ModelDefs
-    mesh: Mesh
-    dtype: Any
-    arena: ArenaLayout
-    num_rows: int
-    table_columns: int
-    max_logprobs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +87,8 @@ class ProgramBuilder:
         return found
 
     def _zero_arena(self) -> jax.stages.Lowered:
-        arena = self._arena()
+        shapes = self._shapes
+        arena = shapes.arena()
 
         def zero_arena() -> jax.Array:
             return jnp.zeros(arena.shape, arena.dtype)
@@ -124,7 +96,8 @@ class ProgramBuilder:
         return jax.jit(zero_arena, out_shardings=arena.sharding).lower()
 
     def _decode_embed(self, rows: int) -> jax.stages.Lowered:
-        embedding = self._shapes.defs.embedding
+        shapes = self._shapes
+        embedding = shapes.defs.embedding
 
         def decode_embed(
             weights: Sequence[jax.Array], last_tokens: jax.Array, rows: jax.Array
@@ -135,12 +108,17 @@ class ProgramBuilder:
 
         return self._lower(
             decode_embed,
-            (self._weights(embedding), self._int32(self._shapes.num_rows), self._int32(rows)),
-            _WHOLE,
+            (
+                shapes.weights(embedding),
+                shapes.int32(shapes.num_rows),
+                shapes.int32(rows),
+            ),
+            WHOLE,
         )
 
     def _decode_unit(self, rows: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def decode_unit(
             weights: Sequence[jax.Array],
@@ -168,24 +146,26 @@ class ProgramBuilder:
         return self._lower(
             decode_unit,
             (
-                self._weights(unit), self._hidden(rows), self._arena(),
-                self._int32(rows, self._shapes.table_columns), self._int32(rows), self._int32(),
+                shapes.weights(unit), shapes.hidden(rows), shapes.arena(),
+                shapes.int32(rows, shapes.table_columns), shapes.int32(rows), shapes.int32(),
             ),
-            (_WHOLE, _ARENA),
+            (WHOLE, ARENA),
             donate=(1, 2),
         )  # fmt: skip
 
     def _prefill_embed(self, tokens: int) -> jax.stages.Lowered:
-        embedding = self._shapes.defs.embedding
+        shapes = self._shapes
+        embedding = shapes.defs.embedding
 
         def prefill_embed(weights: Sequence[jax.Array], chunk: jax.Array) -> jax.Array:
             hidden: jax.Array = embedding.merge(weights)(chunk[:tokens], self._axis)
             return hidden
 
-        return self._lower(prefill_embed, (self._weights(embedding), self._chunk(tokens)), _WHOLE)
+        return self._lower(prefill_embed, (shapes.weights(embedding), shapes.chunk(tokens)), WHOLE)
 
     def _prefill_unit(self, tokens: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_unit(
             weights: Sequence[jax.Array],
@@ -214,14 +194,16 @@ class ProgramBuilder:
         return self._lower(
             prefill_unit,
             (
-                self._weights(unit), self._hidden(tokens), self._arena(), self._chunk(tokens),
-                self._int32(),
+                shapes.weights(unit), shapes.hidden(tokens), shapes.arena(), shapes.chunk(tokens),
+                shapes.int32(),
             ),
-            (_WHOLE, _ARENA),
+            (WHOLE, ARENA),
             donate=(1, 2),
         )  # fmt: skip
 
     def _prefill_last(self, tokens: int) -> jax.stages.Lowered:
+        shapes = self._shapes
+
         def prefill_last(
             hidden: jax.Array, chunk: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -230,7 +212,9 @@ class ProgramBuilder:
             return last, row[None], (start + count)[None]
 
         return self._lower(
-            prefill_last, (self._hidden(tokens), self._chunk(tokens)), (_WHOLE, _WHOLE, _WHOLE)
+            prefill_last,
+            (shapes.hidden(tokens), shapes.chunk(tokens)),
+            (WHOLE, WHOLE, WHOLE),
         )
 
     def _head(self, rows: int, kind: HeadKind) -> jax.stages.Lowered:
@@ -258,18 +242,18 @@ class ProgramBuilder:
 
         more: tuple[jax.ShapeDtypeStruct, ...] = ()
         if kind is not HeadKind.GREEDY:
-            more += (self._int32(SAMPLING_FIELDS, rows),)
+            more += (shapes.int32(SAMPLING_FIELDS, rows),)
         if kind is HeadKind.COMPLETE:
             words = -(-shapes.config.vocab_size // 32)
-            more += (self._struct((rows, words), jnp.uint32, _WHOLE),)
+            more += (shapes.struct((rows, words), jnp.uint32, WHOLE),)
         outputs = 6 if kind is HeadKind.COMPLETE else 3
         return self._lower(
             head,
             (
-                self._weights(shapes.defs.head), self._hidden(rows), self._int32(shapes.num_rows),
-                self._int32(rows), self._int32(rows), *more,
+                shapes.weights(shapes.defs.head), shapes.hidden(rows),
+                shapes.int32(shapes.num_rows), shapes.int32(rows), shapes.int32(rows), *more,
             ),
-            (_WHOLE,) * outputs,
+            (WHOLE,) * outputs,
         )  # fmt: skip
 
     def _attention(self) -> dict[str, Any]:
@@ -281,7 +265,7 @@ class ProgramBuilder:
         }
 
     def _layer_offset(self, unit_offset: jax.Array, layer: int) -> jax.Array:
-        return unit_offset + layer * self._shapes.arena.heads
+        return unit_offset + layer * self._shapes.arena_layout.heads
 
     def _unpacked(self, chunk: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
         """Table [t], start, count and row of a packed chunk."""
@@ -302,33 +286,6 @@ class ProgramBuilder:
         )  # fmt: skip
         sharded.__name__ = function.__name__
         return jax.jit(sharded, donate_argnums=donate).lower(*arguments)
-
-    def _weights(self, module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return tuple(
-            self._struct(shape, dtype, spec)
-            for shape, dtype, spec in zip(
-                module.global_shapes, module.dtypes, module.specs, strict=True
-            )
-        )
-
-    def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
-        return self._struct((tokens, self._shapes.config.hidden_size), self._shapes.dtype, _WHOLE)
-
-    def _arena(self) -> jax.ShapeDtypeStruct:
-        layout = self._shapes.arena
-        slots = layout.slots * self._shapes.mesh.size
-        return self._struct((slots, 2, layout.block_size, layout.head_dim), layout.dtype, _ARENA)
-
-    def _chunk(self, tokens: int) -> jax.ShapeDtypeStruct:
-        return self._int32(tokens + self._shapes.table_columns + CHUNK_EXTRAS)
-
-    def _int32(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return self._struct(shape, jnp.int32, _WHOLE)
-
-    def _struct(
-        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
-    ) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._shapes.mesh, spec))
 
 
 def _sampling(packed: jax.Array) -> SamplingArrays:

@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.device.programs import CHUNK_EXTRAS, SAMPLING_FIELDS, HeadKind
+from serving.engine.device.program_shapes import CHUNK_EXTRAS, SAMPLING_FIELDS
+from serving.engine.device.programs import HeadKind
 from serving.engine.plan import Int32, PrefillChunk, StepPlan
 
 
@@ -92,13 +93,6 @@ class RowState:
             token in self._stops[row]
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
         )
-
-
-def padded_rows(rows: Int32, bucket: int, padding: int) -> Int32:
-    """Rows filled up to the bucket with the padding row."""
-    padded = np.full(bucket, padding, np.int32)
-    padded[: rows.size] = rows
-    return padded
 
 
 def mask_array(

@@ -74,8 +74,8 @@ def test_the_arena_is_sized_for_the_device():
 
 def test_an_arena_beyond_32_bit_rows_is_refused():
     memory = DeviceMemory("chip", 1 << 50, 1 << 50, shared_with_host=False)
-    blocks = (1 << 31) // (8 * 2 * 16)
-    assert layout(memory, num_blocks=blocks - 1).num_blocks == blocks - 1
+    blocks = ((1 << 31) - (1 << 24)) // (8 * 2 * 16)
+    assert layout(memory, num_blocks=blocks).num_blocks == blocks
     with pytest.raises(ConfigurationError, match="32-bit"):
         layout(memory, num_blocks=blocks + 1)
 

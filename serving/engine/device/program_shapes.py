@@ -1,0 +1,75 @@
+"""Shapes and placement of what programs take and return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lumen.config import ModelConfig
+from lumen.model import ModelDefs
+from lumen.sharding import TENSOR_AXIS
+from serving.engine.device.arena import ArenaLayout
+
+WHOLE = PartitionSpec()
+"""On every device alike."""
+
+ARENA = PartitionSpec(TENSOR_AXIS)
+"""Each device has its own slots, of its own heads."""
+
+SAMPLING_FIELDS = 5
+"""Rows of the packed sampling array: temperature, top_k, top_p, min_p, seed, as int32 bits."""
+
+CHUNK_EXTRAS = 3
+"""Entries of a packed chunk after tokens and table: start, count, row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShapes:
+    """What all programs of a replica have in common.
+
+    table_columns: blocks of one row's table. num_rows: rows of `last_tokens`.
+    """
+
+    config: ModelConfig
+    defs: ModelDefs
+    mesh: Mesh
+    dtype: Any
+    arena_layout: ArenaLayout
+    num_rows: int
+    table_columns: int
+    max_logprobs: int
+
+    def weights(self, module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Parameters of one `lumen.model.ModuleDef`."""
+        return tuple(
+            self.struct(shape, dtype, spec)
+            for shape, dtype, spec in zip(
+                module.global_shapes, module.dtypes, module.specs, strict=True
+            )
+        )
+
+    def hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """Hidden states [tokens, hidden size]."""
+        return self.struct((tokens, self.config.hidden_size), self.dtype, WHOLE)
+
+    def arena(self) -> jax.ShapeDtypeStruct:
+        """The arenas of all devices, one behind the other."""
+        layout = self.arena_layout
+        slots = layout.slots * self.mesh.size
+        return self.struct((slots, 2, layout.block_size, layout.head_dim), layout.dtype, ARENA)
+
+    def chunk(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """A packed prefill chunk: tokens, the row's table, start, count, row."""
+        return self.int32(tokens + self.table_columns + CHUNK_EXTRAS)
+
+    def int32(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """Integers that every device has."""
+        return self.struct(shape, jnp.int32, WHOLE)
+
+    def struct(
+        self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
+    ) -> jax.ShapeDtypeStruct:
+        """An array on the mesh."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
