@@ -9,6 +9,7 @@ Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32
 has the model's dtype; sums inside norms, rotations and activations are in float32.
 """
 
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +20,11 @@ from jax import lax
 from lumen.config import ModelConfig
 from lumen.rope import inverse_frequencies, rotate, rotation
 from lumen.sharding import HeadLayout, padded
+
+_FEW_TOKENS = 64
+"""Up to here a CPU multiplies faster with the matrix on the left: XLA's CPU backend copies its
+right operand into another layout at every call. SmolLM2's layers on 2 cores: 33 against 67 ms for
+2 tokens, 60 against 105 for 16, 115 against 146 for 32, no gain for 128 or for 1."""
 
 
 class Attend(Protocol):
@@ -43,9 +49,25 @@ def project(x: jax.Array, matrix: jax.Array, out_dtype: Any) -> jax.Array:
     not do unless asked.
     """
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        x, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype
+    product = functools.partial(
+        lax.dot_general, precision=precision, preferred_element_type=out_dtype
     )
+
+    def tokens_first(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        result: jax.Array = product(x, matrix, (((1,), (1,)), ((), ())))
+        return result
+
+    def matrix_first(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        # The barrier keeps XLA from turning the product round again.
+        result: jax.Array = lax.optimization_barrier(product(matrix, x, (((1,), (1,)), ((), ()))))
+        return result.T
+
+    if 1 < x.shape[0] <= _FEW_TOKENS:
+        result: jax.Array = lax.platform_dependent(
+            x, matrix, cpu=matrix_first, default=tokens_first
+        )
+        return result
+    return tokens_first(x, matrix)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
