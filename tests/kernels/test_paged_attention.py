@@ -1,5 +1,6 @@
 """Paged attention against a dense oracle in float64."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ LAYER = 1
 
 @dataclass
 class Case:
-    """Sequences in a permuted arena whose unused slots hold large numbers."""
+    """Sequences in a permuted arena, NaN wherever nothing was stored."""
 
     rng: np.random.Generator
     lengths: list[int]  # tokens already in the arena
@@ -33,7 +34,7 @@ class Case:
             np.int32
         )
         slots = count * LAYERS * self.kv_heads
-        self.arena = np.full((slots, 2, self.block_size, self.head_dim), 1e4, np.float32)
+        self.arena = np.full((slots, 2, self.block_size, self.head_dim), np.nan, np.float32)
         self.keys, self.values = [], []
         for row, length in enumerate(self.lengths):
             k, v = self.draw(length), self.draw(length)
@@ -75,9 +76,18 @@ def dense(
     return np.array(out), np.array(lse)
 
 
-def run_decode(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: list[int], **kw):
+def run_decode(
+    case: Case,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    lengths: list[int],
+    platform="cpu",
+    **kw,
+):
+    """platform: the form of the operation; plain XLA, so each runs here."""
     out, lse, arena = jax.jit(
-        lambda *a: decode(*a, platform="cpu", scale=case.head_dim**-0.5, **kw)
+        lambda *a: decode(*a, platform=platform, scale=case.head_dim**-0.5, **kw)
     )(
         q, k, v, jnp.asarray(case.arena), case.tables, np.array(lengths, np.int32),
         np.int32(LAYER * case.kv_heads),
@@ -85,14 +95,20 @@ def run_decode(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths:
     return np.asarray(out), np.asarray(lse), np.asarray(arena)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 16])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_decode_equals_dense_attention(group: int, block_size: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "block_size", "platform"),
+    [
+        *itertools.product([1, 2, 3, 4, 8, 16], [16, 64], ["cpu"]),
+        *itertools.product([1, 3], [32, 128], ["cpu"]),
+        *itertools.product([1, 3, 16], [16, 128], ["tpu"]),
+    ],
+)
+def test_decode_equals_dense_attention(group: int, block_size: int, platform: str) -> None:
     lengths = [0, 1, 15, 16, 17, 63, 64, 65, 200]
     case = Case(np.random.default_rng(group), lengths, kv_heads=2, block_size=block_size)
     rows = len(lengths)
     q, k, v = case.draw(rows, 2 * group), case.draw(rows), case.draw(rows)
-    out, lse, arena = run_decode(case, q, k, v, [n + 1 for n in lengths])
+    out, lse, arena = run_decode(case, q, k, v, [n + 1 for n in lengths], platform)
     for row, length in enumerate(lengths):
         keys = np.concatenate([case.keys[row], k[row : row + 1]])
         values = np.concatenate([case.values[row], v[row : row + 1]])
@@ -103,12 +119,15 @@ def test_decode_equals_dense_attention(group: int, block_size: int) -> None:
     np.testing.assert_array_equal(arena, case.arena)
 
 
-@pytest.mark.parametrize("window", [1, 5, 64, 70, 1000])
-def test_sliding_window(window: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "platform"),
+    [(1, "cpu"), (5, "cpu"), (64, "cpu"), (70, "cpu"), (1000, "cpu"), (70, "tpu")],
+)
+def test_sliding_window(window: int, platform: str) -> None:
     lengths = [3, 64, 150]
     case = Case(np.random.default_rng(window), lengths, kv_heads=1)
     q, k, v = case.draw(3, 2), case.draw(3), case.draw(3)
-    out, _, _ = run_decode(case, q, k, v, [n + 1 for n in lengths], sliding_window=window)
+    out, _, _ = run_decode(case, q, k, v, [n + 1 for n in lengths], platform, sliding_window=window)
     for row, length in enumerate(lengths):
         keys = np.concatenate([case.keys[row], k[row : row + 1]])
         values = np.concatenate([case.values[row], v[row : row + 1]])
@@ -116,10 +135,11 @@ def test_sliding_window(window: int) -> None:
         np.testing.assert_allclose(out[row], expected, atol=2e-6)
 
 
-def test_padding_rows_write_nothing_and_give_zeros() -> None:
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_padding_rows_write_nothing_and_give_zeros(platform: str) -> None:
     case = Case(np.random.default_rng(1), [4, 9], kv_heads=2)
     q, k, v = case.draw(2, 4), case.draw(2), case.draw(2)
-    out, lse, arena = run_decode(case, q, k, v, [0, 0])
+    out, lse, arena = run_decode(case, q, k, v, [0, 0], platform)
     assert not out.any()
     assert np.isneginf(lse).all()
     np.testing.assert_array_equal(arena, case.arena)

@@ -42,11 +42,16 @@ def decode(
     Returns the output, shaped as q; the natural log-sum-exp of the scaled scores, float32
     [rows, query heads]; and the arena.
     """
-    del platform  # one backend so far
     positions = lengths - 1
     arena = _write(k[:, None], v[:, None], arena, tables, positions[:, None], layer_offset)
     heads = k.shape[1]
-    out, lse = xla.read_one(q, arena, tables, positions, layer_offset, heads, scale, sliding_window)
+    rest = (layer_offset, heads, scale, sliding_window)
+    if platform == "tpu":
+        # The wider rows that `read_one` gathers have another tiling there: a copy of the arena.
+        outs, lses = xla.read(q[:, None], arena, tables, positions[:, None], *rest)
+        out, lse = outs[:, 0], lses[:, 0]
+    else:
+        out, lse = xla.read_one(q, arena, tables, positions, *rest)
     out, arena = _in_order(out, arena)
     return out, lse, arena
 

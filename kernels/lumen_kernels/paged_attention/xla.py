@@ -97,8 +97,10 @@ def read_one(
         weights = jnp.where(seen, jnp.exp(scores - higher[:, None, :, :, None]), 0.0)
         shrink = jnp.exp(best - higher)
         mass = mass * shrink + jnp.sum(weights, axis=(1, 4))
+        # Not left to zero weights: what an earlier owner of the block left may be NaN.
+        values = jnp.where((key_positions <= limits)[:, :, 0, ..., None], pages[:, :, :, 1], 0)
         part = jnp.einsum(
-            "rbhgt,rbhtd->rbhgd", weights.astype(arena.dtype), pages[:, :, :, 1],
+            "rbhgt,rbhtd->rbhgd", weights.astype(arena.dtype), values,
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
         part = jnp.sum(part, axis=1)
@@ -126,7 +128,7 @@ def read(
     scale: float,
     sliding_window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of queries over the arena, all of which holds finite numbers.
+    """Attention of queries over the arena; what lies behind the last query is not looked at.
 
     q [rows, tokens, query heads, head_dim]; tables int32 [rows, blocks], slot bases; positions
     int32 [rows, tokens]: each query attends to the positions up to its own, -1 for padding.
@@ -143,6 +145,7 @@ def read(
     grouped = q.reshape(rows, tokens, heads, group, head_dim)
     grouped = grouped.transpose(0, 2, 1, 3, 4).reshape(rows, heads, tokens * group, head_dim)
     limits = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [rows, 1, tokens*group, 1]
+    ends = jnp.max(positions, axis=1)[:, None, None, None]
     pages = arena.reshape(-1, block_size, head_dim)
     head_ids = jnp.arange(heads, dtype=jnp.int32)[:, None]
 
@@ -160,6 +163,8 @@ def read(
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
         key_positions = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        # Not left to zero weights: what an earlier owner of the block left may be NaN.
+        values = jnp.where(key_positions[:, None] <= ends, values, 0)
         seen = key_positions <= limits
         if sliding_window is not None:
             seen &= key_positions > limits - sliding_window
