@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serving.api.channel_options import LINK_SERVER_OPTIONS, public_server_options
 from serving.api.inference_service import InferenceService
+from serving.api.metrics import ServingMetrics
 from serving.api.proto import lumen_internal_v1_pb2_grpc as internal_grpc
 from serving.api.proto import lumen_v1_pb2
 from serving.api.proto import lumen_v1_pb2_grpc as public_grpc
@@ -42,6 +43,7 @@ class RunningServer:
 async def start_inference_server(
     gateway: GatewayShell,
     text: TextService,
+    metrics: ServingMetrics,
     address: str,
     max_message_bytes: int = 4 * 1024 * 1024,
 ) -> RunningServer:
@@ -54,7 +56,7 @@ async def start_inference_server(
         interceptors=[StatusInterceptor(INFERENCE_SERVICE)],
         options=public_server_options(max_message_bytes),
     )
-    service = InferenceService(gateway, text, max_message_bytes)
+    service = InferenceService(gateway, text, metrics, max_message_bytes)
     public_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]  # generated
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -7,16 +7,20 @@ being read to its end, for whatever reason, lets go of its request at once.
 import asyncio
 import platform
 import secrets
+import time
 import uuid
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from lumen.errors import LumenError
 from serving.api import inference_messages as convert
+from serving.api.metrics import ServingMetrics
+from serving.api.observed_stream import ObservedStream
 from serving.api.proto import lumen_v1_pb2 as pb
 from serving.api.proto import lumen_v1_pb2_grpc as pb_grpc
 from serving.api.status import error_of_end
-from serving.api.text import TextService, TextStream
+from serving.api.text import TextService
 from serving.api.validation import (
     GRPC_DEFAULTS,
     ModelLimits,
@@ -53,28 +57,39 @@ class InferenceService(pb_grpc.InferenceServicer):
     max_message_bytes: the server's limit of a request, to be told and to bound Detokenize.
     """
 
-    def __init__(self, gateway: Gateway, text: TextService, max_message_bytes: int) -> None:
+    def __init__(
+        self, gateway: Gateway, text: TextService, metrics: ServingMetrics, max_message_bytes: int
+    ) -> None:
         self._gateway = gateway
         self._text = text
+        self._metrics = metrics
         self._max_message_bytes = max_message_bytes
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Run one generation and stream it."""
-        wanted = await self._request(request)
-        stream = await self._text.generate(self._gateway, wanted)
+        arrived = time.monotonic()
+        try:
+            wanted = await self._request(request)
+            stream = await self._text.generate(self._gateway, wanted)
+        except LumenError as error:
+            self._metrics.refused(error)
+            raise
+        observer = self._metrics.accepted(len(wanted.prompt), arrived)
         include_text = request.include_text if request.HasField("include_text") else True
-        await self._send(stream, include_text, context)
+        await self._send(ObservedStream(stream, observer, time.monotonic), include_text, context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Any) -> None:
         """Go on with a request that was started before."""
+        arrived = time.monotonic()
         request_id = checked_request_id(request.request_id)
         if request.from_index < 0:
             raise InvalidRequestError(
                 f"from_index is {request.from_index}; expected 0 or more.", "from_index"
             )
         stream = await self._text.resume(self._gateway, request_id, request.from_index)
+        observer = self._metrics.resumed(arrived)
         include_text = request.include_text if request.HasField("include_text") else True
-        await self._send(stream, include_text, context)
+        await self._send(ObservedStream(stream, observer, time.monotonic), include_text, context)
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """End a request."""
@@ -164,7 +179,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             draw_seed=lambda: secrets.randbits(32),
         )
 
-    async def _send(self, stream: TextStream, include_text: bool, context: Any) -> None:
+    async def _send(self, stream: ObservedStream, include_text: bool, context: Any) -> None:
         request_id = stream.request.request_id
         try:
             await context.send_initial_metadata(((REQUEST_ID, request_id),))

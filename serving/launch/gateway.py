@@ -53,13 +53,15 @@ async def serve(config: ServeConfig, model: ServedModel, announce: Announce) -> 
     door = config.front_door
     gateway = GatewayShell(GatewayCore(gateway_config(config)))
     text = text_service(config, model)
+    metrics = ServingMetrics(text.model_id, gateway.info)
     server = await start_inference_server(
         gateway,
         text,
+        metrics,
         f"{_spelled(door.host)}:{door.grpc_port}",
         _body_bytes(config),
     )
-    http = HttpServer(http_door(config, gateway, text))
+    http = HttpServer(http_door(config, gateway, text, metrics))
     await http.start(door.host, door.http_port)
     links = [
         asyncio.create_task(WorkerClient(address, gateway).run())
@@ -87,12 +89,14 @@ async def serve(config: ServeConfig, model: ServedModel, announce: Announce) -> 
     return 0 if in_order else 1
 
 
-def http_door(config: ServeConfig, gateway: GatewayShell, text: TextService) -> FrontDoor:
+def http_door(
+    config: ServeConfig, gateway: GatewayShell, text: TextService, metrics: ServingMetrics
+) -> FrontDoor:
     """What the HTTP handlers work with. Ids and seeds that nobody gave are drawn here."""
     return FrontDoor(
         gateway=gateway,
         text=text,
-        metrics=ServingMetrics(text.model_id, gateway.info),
+        metrics=metrics,
         draw_seed=lambda: secrets.randbits(32),
         new_id=lambda: uuid.uuid4().hex,
         clock=time.monotonic,

@@ -126,7 +126,13 @@ def cache_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def executor(cache_dir) -> DeviceExecutor:
+def build_steps() -> list[tuple[int, int, str]]:
+    """What the progress callback of `executor` was told."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def executor(cache_dir, build_steps) -> DeviceExecutor:
     """A replica on a device that is not the first one."""
     config = DeviceExecutorConfig(
         max_model_len=128,
@@ -136,7 +142,9 @@ def executor(cache_dir) -> DeviceExecutor:
         prefill_buckets=(8, 32),
         cache_dir=cache_dir,
     )
-    return build_device_executor(source(), jax.devices()[1:2], config)
+    return build_device_executor(
+        source(), jax.devices()[1:2], config, lambda *step: build_steps.append(step)
+    )
 
 
 @pytest.fixture

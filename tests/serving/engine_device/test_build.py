@@ -86,24 +86,12 @@ def test_buckets_cover_every_size():
     assert config.chunk_buckets == (16, 32, 64, 100)
 
 
-def test_progress_counts_weights_and_programs(executor, weights, cache_dir):
-    seen = []
-    config = DeviceExecutorConfig(
-        max_model_len=128,
-        num_rows=1,
-        num_blocks=1024,
-        max_prefill_tokens=8,
-        prefill_buckets=(8,),
-        cache_dir=cache_dir,
-    )
-    build_device_executor(
-        weights("tiny-smollm"), jax.devices()[1:2], config, lambda *step: seen.append(step)
-    )
-    total = seen[0][1]
-    assert [(done, of) for done, of, _ in seen] == [(n, total) for n in range(1, total + 1)]
-    names = [name for _, _, name in seen]
+def test_progress_counts_weights_and_programs(executor, build_steps):
+    total = build_steps[0][1]
+    assert [step[:2] for step in build_steps] == [(n, total) for n in range(1, total + 1)]
+    names = [name for _, _, name in build_steps]
     assert names[:5] == ["weights"] * 5  # 3 units, embedding, head
-    assert {"decode_unit 1", "prefill_unit 8", "head 1 sampled"} <= set(names)
+    assert {"decode_unit 4", "prefill_unit 8", "head 1 sampled"} <= set(names)
 
 
 def test_programs_update_the_arena_in_place(executor):

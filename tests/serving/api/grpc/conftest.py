@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from serving.api.grpc_server import start_inference_server, start_worker_server
+from serving.api.metrics import ServingMetrics
 from serving.api.proto import lumen_v1_pb2 as pb
 from serving.api.proto import lumen_v1_pb2_grpc as pb_grpc
 from serving.api.text import TextService
@@ -163,6 +164,7 @@ class Deployment:
         limits = ModelLimits(LIMITS.vocab_size, LIMITS.max_model_len, LIMITS.max_logprobs)
         self.text = TextService("modelled", tokenizer, limits)
         self.gateway = GatewayShell(GatewayCore(GatewayConfig("gateway-0", **config)))
+        self.metrics = ServingMetrics(self.text.model_id, self.gateway.info)
         self.ready = asyncio.Event()
         self.not_ready = asyncio.Event()
         self.gateway.on_ready_change(self._note_readiness)
@@ -173,7 +175,7 @@ class Deployment:
 
     async def start(self, *, replicas=1, max_message_bytes=1 << 20, worker=True):
         self.server = await start_inference_server(
-            self.gateway, self.text, "127.0.0.1:0", max_message_bytes
+            self.gateway, self.text, self.metrics, "127.0.0.1:0", max_message_bytes
         )
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.port}")
         self.stub = pb_grpc.InferenceStub(self.channel)

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving.api.grpc_server import INFERENCE_SERVICE, start_inference_server
 from serving.api.proto import lumen_v1_pb2 as pb
 from serving.errors import ConfigurationError
+from tests.serving.api.grpc.conftest import generate_request, read_all, read_tokens
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -138,4 +139,31 @@ async def test_a_port_in_use_is_named(deploy):
     deployment = await deploy(worker=False)
     address = f"127.0.0.1:{deployment.server.port}"
     with pytest.raises(ConfigurationError, match=address):
-        await start_inference_server(deployment.gateway, deployment.text, address)
+        await start_inference_server(
+            deployment.gateway, deployment.text, deployment.metrics, address
+        )
+
+
+async def test_streams_and_refusals_count_into_the_metrics(deploy):
+    deployment = await deploy()
+    await read_all(deployment.stub.Generate(generate_request((1, 2, 3), max_tokens=5)))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await read_all(deployment.stub.Generate(generate_request((1, 2), model="another")))
+    left = deployment.stub.Generate(generate_request((4, 5), max_tokens=64))
+    await read_tokens(left, 1)
+    left.cancel()
+    async with asyncio.timeout(20):
+        while counted(deployment, "request_success", finished_reason="abort") != 1:
+            await asyncio.sleep(0.01)  # the server learns of the cancelled call on its own time
+    assert counted(deployment, "request_success", finished_reason="length") == 1
+    assert counted(deployment, "request_attempts") == 2
+    assert counted(deployment, "prompt_tokens") == 5
+    assert counted(deployment, "generation_tokens") >= 6
+    assert counted(deployment, "time_to_first_token_seconds", "_count") == 2
+    assert counted(deployment, "request_refused", code="model_not_found") == 1
+
+
+def counted(deployment, name, suffix="_total", **labels):
+    """The value of one metric."""
+    labels = {"model_name": "modelled", **labels}
+    return deployment.metrics.registry.get_sample_value(f"lumen:{name}{suffix}", labels)
