@@ -11,7 +11,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from serving.api.grpc_server import INFERENCE_SERVICE, start_inference_server
 from serving.api.proto import lumen_v1_pb2 as pb
 from serving.errors import ConfigurationError
-from tests.serving.api.grpc.conftest import generate_request, read_all, read_tokens
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -144,13 +143,13 @@ async def test_a_port_in_use_is_named(deploy):
         )
 
 
-async def test_streams_and_refusals_count_into_the_metrics(deploy):
+async def test_streams_and_refusals_count_into_the_metrics(deploy, calls, greedy):
     deployment = await deploy()
-    await read_all(deployment.stub.Generate(generate_request((1, 2, 3), max_tokens=5)))
+    await calls.read_all(deployment.stub.Generate(greedy((1, 2, 3), max_tokens=5)))
     with pytest.raises(grpc.aio.AioRpcError):
-        await read_all(deployment.stub.Generate(generate_request((1, 2), model="another")))
-    left = deployment.stub.Generate(generate_request((4, 5), max_tokens=64))
-    await read_tokens(left, 1)
+        await calls.read_all(deployment.stub.Generate(greedy((1, 2), model="another")))
+    left = deployment.stub.Generate(greedy((4, 5), max_tokens=64))
+    await calls.read_tokens(left, 1)
     left.cancel()
     async with asyncio.timeout(20):
         while counted(deployment, "request_success", finished_reason="abort") != 1:
