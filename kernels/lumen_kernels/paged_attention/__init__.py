@@ -1,120 +1,112 @@
 """Paged attention: write new K and V into the arena and attend to everything there.
 
-The arena of a device is `[slots, 2, block_size, head_dim]`: a slot holds the K page and the V page
-of one block, one layer, one KV head. Block tables hold *slot bases*; layer l, head h of a block is
-slot `base + l * heads + h`, with `heads` the KV heads of the device. `layer_offset` is
-`l * heads`; it is traced, so one compiled program serves every layer. Slot bases are multiples
-of `heads`.
-
-The write belongs to the operation, so that a backend can fuse it. Every backend keeps a donated
-arena in place. Today there is one backend, plain XLA, for every platform.
+Arena, slots and block tables: `lumen_kernels.arena`. `layer_offset` is l * kv_heads for layer l;
+it is traced, so one compiled program serves every layer. The write belongs to the operation, so
+that a backend can fuse it. Every backend keeps a donated arena in place, reads nothing beyond a
+row's context, whatever lies there, and does not follow table columns past a row's last block.
 """
 
+from collections.abc import Sequence
+
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from lumen_kernels.paged_attention import xla
+from lumen_kernels.paged_attention import decode as _decode
+from lumen_kernels.paged_attention import prefill as _prefill
+from lumen_kernels.paged_attention.options import Arena, Options, check_options, checked
+from lumen_kernels.target import Target
 
-__all__ = ["decode", "prefill"]
+__all__ = ["decode", "decode_schedule", "prefill"]
 
 
 def decode(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    arena: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    arena: Sequence[jax.Array],
     tables: jax.Array,
     lengths: jax.Array,
     layer_offset: jax.Array,
     *,
-    platform: str,
+    target: Target,
     scale: float,
+    kv_heads: int | None = None,
     sliding_window: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One new token per sequence.
+    soft_cap: float | None = None,
+    with_lse: bool = False,
+    schedule: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, Arena]:
+    """One or a few new tokens per sequence.
 
-    q [rows, query heads, head_dim]; k, v [rows, kv heads, head_dim]: of the token at position
-    lengths - 1; tables int32 [rows, blocks]; lengths int32 [rows]: tokens including the new one,
-    0 for a padding row, which writes nothing and gets zeros. platform: of the mesh this is traced
-    for ("cpu", "gpu", "tpu"). Query head i attends to KV head i // (query heads / kv heads).
+    q [rows, query heads, head_dim], or [rows, n, query heads, head_dim] for n tokens per row;
+    k, v alike with kv heads: what is written, or None (then kv_heads says how many there are):
+    only read. arena: its segments. tables int32 [rows, blocks]: slot bases. lengths int32 [rows]:
+    tokens in the context with the new ones, 0 for a padding row, which writes nothing. Token i of
+    n stands at position lengths - n + i; where that is negative it is padding. Query head i
+    attends to KV head i // (query heads / kv heads). schedule: `decode_schedule` of the same
+    lengths, made once for all layers; without it each call makes its own.
 
-    Returns the output, shaped as q; the natural log-sum-exp of the scaled scores, float32
-    [rows, query heads]; and the arena.
+    Returns the output, shaped as q (zeros for padding); with_lse: the natural log-sum-exp of the
+    scores, float32, shaped as q without head_dim (-inf for padding), else None; and the arena.
+    Raises KernelArgumentError.
     """
-    positions = lengths - 1
-    arena = _write(k[:, None], v[:, None], arena, tables, positions[:, None], layer_offset)
-    heads = k.shape[1]
-    rest = (layer_offset, heads, scale, sliding_window)
-    if platform == "tpu":
-        # The wider rows that `read_one` gathers have another tiling there: a copy of the arena.
-        outs, lses = xla.read(q[:, None], arena, tables, positions[:, None], *rest)
-        out, lse = outs[:, 0], lses[:, 0]
-    else:
-        out, lse = xla.read_one(q, arena, tables, positions, *rest)
-    out, arena = _in_order(out, arena)
+    several = q if q.ndim == 4 else q[:, None]
+    pair = tuple(x if x is None or x.ndim == 4 else x[:, None] for x in (k, v))
+    new_kv = (pair[0], pair[1])
+    per_row = {"lengths": lengths}
+    shape, heads = checked("decode", several, new_kv, arena, tables, per_row, kv_heads)
+    options = Options(heads, scale, sliding_window, soft_cap, with_lse, target)
+    check_options("decode", options)
+    out, lse, arena = _decode.attend_and_write(
+        several, *new_kv, tuple(arena), shape, tables, lengths, layer_offset, options, schedule
+    )
+    if q.ndim == 3:
+        out, lse = out[:, 0], None if lse is None else lse[:, 0]
     return out, lse, arena
 
 
 def prefill(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    arena: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    arena: Sequence[jax.Array],
     tables: jax.Array,
     starts: jax.Array,
     counts: jax.Array,
     layer_offset: jax.Array,
     *,
-    platform: str,
+    target: Target,
     scale: float,
+    kv_heads: int | None = None,
     sliding_window: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    soft_cap: float | None = None,
+    with_lse: bool = False,
+) -> tuple[jax.Array, jax.Array | None, Arena]:
     """Consecutive new tokens of several sequences, each with a prefix in the arena; causal.
 
-    q [rows, tokens, query heads, head_dim]; k, v [rows, tokens, kv heads, head_dim]; tables int32
-    [rows, blocks]; starts int32 [rows]: position of the first new token; counts int32 [rows]: new
-    tokens of the row, the rest is padding. Otherwise as `decode`; the log-sum-exp is float32
-    [rows, tokens, query heads], -inf for padding.
+    q [tokens, query heads, head_dim]; k, v [tokens, kv heads, head_dim]: the rows' tokens one row
+    behind the other, the rest is padding. tables int32 [rows, blocks]; starts int32 [rows]:
+    position of a row's first new token; counts int32 [rows]: new tokens of the row. Otherwise as
+    `decode`.
     """
-    del platform  # one backend so far
-    steps = jnp.arange(k.shape[1], dtype=jnp.int32)
-    positions = jnp.where(steps < counts[:, None], starts[:, None] + steps, -1)
-    arena = _write(k, v, arena, tables, positions, layer_offset)
-    heads = k.shape[2]
-    out, lse = xla.read(q, arena, tables, positions, layer_offset, heads, scale, sliding_window)
-    out, arena = _in_order(out, arena)
-    return out, lse, arena
-
-
-def _write(
-    k: jax.Array,
-    v: jax.Array,
-    arena: jax.Array,
-    tables: jax.Array,
-    positions: jax.Array,
-    layer_offset: jax.Array,
-) -> jax.Array:
-    """Store k, v [rows, tokens, kv heads, head_dim] at positions [rows, tokens], -1 nowhere."""
-    _, _, heads, head_dim = k.shape
-    block_size = arena.shape[2]
-    valid = positions >= 0
-    at = jnp.maximum(positions, 0)
-    bases = jnp.take_along_axis(tables, at // block_size, axis=1) + layer_offset
-    return xla.write(
-        arena,
-        k.reshape(-1, heads, head_dim),
-        v.reshape(-1, heads, head_dim),
-        bases.reshape(-1),
-        (at % block_size).reshape(-1),
-        valid.reshape(-1),
+    per_row = {"starts": starts, "counts": counts}
+    shape, heads = checked("prefill", q, (k, v), arena, tables, per_row, kv_heads)
+    options = Options(heads, scale, sliding_window, soft_cap, with_lse, target)
+    check_options("prefill", options)
+    return _prefill.attend_and_write(
+        q, k, v, tuple(arena), shape, tables, starts, counts, layer_offset, options
     )
 
 
-def _in_order(out: jax.Array, arena: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keep the next layer's write behind this layer's reads.
+def decode_schedule(
+    lengths: jax.Array,
+    *,
+    block_size: int,
+    kv_heads: int,
+    target: Target,
+    sliding_window: int | None = None,
+) -> jax.Array | None:
+    """How a decode step's work is cut over the chip: the same for all layers of a step.
 
-    Otherwise XLA on CPU moves the write forward and copies the arena to make that legal.
+    lengths int32 [rows], as `decode` takes them. None where the backend needs no such thing.
     """
-    out, arena = lax.optimization_barrier((out, arena))
-    return out, arena
+    return _decode.schedule(lengths, block_size, kv_heads, sliding_window, target)

@@ -1,9 +1,12 @@
 """How large the KV arena is, and whether it fits."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from lumen_kernels.arena import slot_shape
+from lumen_kernels.target import Target
 
 from lumen.config import ModelConfig
 from lumen.sharding import HeadLayout
@@ -18,16 +21,17 @@ _MAX_ROWS = (1 << 31) - (1 << 24)  # int32 rows, with indices to spare for write
 
 @dataclass(frozen=True, slots=True)
 class ArenaLayout:
-    """Shape of the arena of each device of a replica: [slots, 2, block_size, head_dim].
+    """Shape of the arena of each device of a replica: [slots, *slot_shape].
 
     slots_per_block: layers times the KV heads of a device; `heads` of them are of one layer.
+    slot_shape: `lumen_kernels.arena.slot_shape` of the device.
     """
 
     num_blocks: int
     slots_per_block: int
     heads: int
     block_size: int
-    head_dim: int
+    slot_shape: tuple[int, int, int]
     dtype: Any
 
     @property
@@ -38,8 +42,8 @@ class ArenaLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block on one device."""
-        page: int = self.block_size * self.head_dim * jnp.dtype(self.dtype).itemsize
-        return self.slots_per_block * 2 * page
+        slot: int = math.prod(self.slot_shape) * jnp.dtype(self.dtype).itemsize
+        return self.slots_per_block * slot
 
 
 def arena_layout(
@@ -48,6 +52,7 @@ def arena_layout(
     dtype: Any,
     config: DeviceExecutorConfig,
     memory: DeviceMemory | None,
+    target: Target,
 ) -> ArenaLayout:
     """Decide how many blocks the arena has.
 
@@ -59,8 +64,8 @@ def arena_layout(
 
     def layout(num_blocks: int) -> ArenaLayout:
         return ArenaLayout(
-            num_blocks, model.num_layers * kv_heads, kv_heads, config.block_size, model.head_dim,
-            dtype,
+            num_blocks, model.num_layers * kv_heads, kv_heads, config.block_size,
+            slot_shape(config.block_size, model.head_dim, target), dtype,
         )  # fmt: skip
 
     block_bytes = layout(1).block_bytes

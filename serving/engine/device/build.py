@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from lumen_kernels.target import Target
 
 from lumen.model import LoadedModel, load_model
 from lumen.sharding import TENSOR_AXIS
@@ -57,8 +58,9 @@ def build_device_executor(
         model = load_model(source, mesh, config.dtype, lambda count, of: advance("weights"))
         jax.block_until_ready((model.embedding, model.units, model.head))
         layout = arena_layout(
-            model.config, model.heads, model.dtype, config, device_memory(devices)
-        )
+            model.config, model.heads, model.dtype, config, device_memory(devices),
+            Target.of(devices),
+        )  # fmt: skip
         limits = _limits(model, layout, config)
         programs = _compile(model, layout, limits, config, advance)
     return DeviceExecutor(model, programs, limits, programs.zero_arena())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from lumen_kernels.paged_attention.options import Arena
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import CompileWatch
@@ -56,7 +57,7 @@ class DeviceExecutor:
     """
 
     def __init__(
-        self, model: LoadedModel, programs: Programs, limits: ExecutorLimits, arena: jax.Array
+        self, model: LoadedModel, programs: Programs, limits: ExecutorLimits, arena: Arena
     ) -> None:
         self._model = model
         self._programs = programs

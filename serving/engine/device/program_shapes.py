@@ -54,11 +54,11 @@ class ProgramShapes:
         """Hidden states [tokens, hidden size]."""
         return self.struct((tokens, self.config.hidden_size), self.dtype, WHOLE)
 
-    def arena(self) -> jax.ShapeDtypeStruct:
-        """The arenas of all devices, one behind the other."""
+    def arena(self) -> tuple[jax.ShapeDtypeStruct]:
+        """The one segment there is: the arenas of all devices, one behind the other."""
         layout = self.arena_layout
         slots = layout.slots * self.mesh.size
-        return self.struct((slots, 2, layout.block_size, layout.head_dim), layout.dtype, ARENA)
+        return (self.struct((slots, *layout.slot_shape), layout.dtype, ARENA),)
 
     def chunk(self, tokens: int) -> jax.ShapeDtypeStruct:
         """A packed prefill chunk: tokens, the row's table, start, count, row."""

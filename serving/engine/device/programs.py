@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from lumen_kernels import paged_attention
+from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.target import Target
 
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS
@@ -62,7 +64,7 @@ class ProgramBuilder:
 
     def __init__(self, shapes: ProgramShapes) -> None:
         self._shapes = shapes
-        self._platform = shapes.mesh.devices.flat[0].platform
+        self._target = Target.of(list(shapes.mesh.devices.flat))
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
 
     def lowerings(
@@ -87,13 +89,13 @@ class ProgramBuilder:
         return found
 
     def _zero_arena(self) -> jax.stages.Lowered:
-        shapes = self._shapes
-        arena = shapes.arena()
+        arena = self._shapes.arena()
 
-        def zero_arena() -> jax.Array:
-            return jnp.zeros(arena.shape, arena.dtype)
+        def zero_arena() -> Arena:
+            return tuple(jnp.zeros(segment.shape, segment.dtype) for segment in arena)
 
-        return jax.jit(zero_arena, out_shardings=arena.sharding).lower()
+        shardings = tuple(segment.sharding for segment in arena)
+        return jax.jit(zero_arena, out_shardings=shardings).lower()
 
     def _decode_embed(self, rows: int) -> jax.stages.Lowered:
         shapes = self._shapes
@@ -123,14 +125,14 @@ class ProgramBuilder:
         def decode_unit(
             weights: Sequence[jax.Array],
             hidden: jax.Array,
-            arena: jax.Array,
+            arena: Arena,
             tables: jax.Array,
             lengths: jax.Array,
             offset: jax.Array,
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, Arena]:
             def attend(
-                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: jax.Array
-            ) -> tuple[jax.Array, jax.Array]:
+                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Arena
+            ) -> tuple[jax.Array, Arena]:
                 out, _, arena = paged_attention.decode(
                     q, k, v, arena, tables, lengths, self._layer_offset(offset, layer_in_unit),
                     **self._attention(),
@@ -138,7 +140,7 @@ class ProgramBuilder:
                 return out, arena
 
             positions = jnp.maximum(lengths - 1, 0)
-            result: tuple[jax.Array, jax.Array] = unit.merge(weights)(
+            result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, positions, arena, attend, self._axis
             )
             return result
@@ -170,23 +172,23 @@ class ProgramBuilder:
         def prefill_unit(
             weights: Sequence[jax.Array],
             hidden: jax.Array,
-            arena: jax.Array,
+            arena: Arena,
             chunk: jax.Array,
             offset: jax.Array,
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> tuple[jax.Array, Arena]:
             table, start, count, _ = self._unpacked(chunk, tokens)
 
             def attend(
-                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: jax.Array
-            ) -> tuple[jax.Array, jax.Array]:
+                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Arena
+            ) -> tuple[jax.Array, Arena]:
                 out, _, arena = paged_attention.prefill(
-                    q[None], k[None], v[None], arena, table[None], start[None], count[None],
+                    q, k, v, arena, table[None], start[None], count[None],
                     self._layer_offset(offset, layer_in_unit), **self._attention(),
                 )  # fmt: skip
-                return out[0], arena
+                return out, arena
 
             positions = start + jnp.arange(tokens, dtype=jnp.int32)
-            result: tuple[jax.Array, jax.Array] = unit.merge(weights)(
+            result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, positions, arena, attend, self._axis
             )
             return result
@@ -259,7 +261,7 @@ class ProgramBuilder:
     def _attention(self) -> dict[str, Any]:
         config = self._shapes.config
         return {
-            "platform": self._platform,
+            "target": self._target,
             "scale": config.head_dim**-0.5,
             "sliding_window": config.sliding_window,
         }

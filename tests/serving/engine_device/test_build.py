@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from lumen_kernels.target import CPU
 
 from lumen.presets import preset
 from lumen.sharding import HeadLayout
@@ -46,7 +47,7 @@ def layout(memory, tensor=1, **changes):
     model = preset("tiny-llama")  # 4 layers, 2 KV heads of 16: 16 KiB a block in float32
     settings = {"max_model_len": 128, "num_rows": 2, **changes}
     heads = HeadLayout(model.num_heads, model.num_kv_heads, tensor)
-    return arena_layout(model, heads, "float32", DeviceExecutorConfig(**settings), memory)
+    return arena_layout(model, heads, "float32", DeviceExecutorConfig(**settings), memory, CPU)
 
 
 def test_the_number_in_the_refusal_is_what_fits():

@@ -1,0 +1,31 @@
+"""Prefill attention: consecutive new tokens of several sequences, causal, each over its prefix."""
+
+import jax
+
+from lumen_kernels.arena import ArenaShape
+from lumen_kernels.paged_attention.options import Arena, Options
+from lumen_kernels.paged_attention.prefill import xla
+from lumen_kernels.paged_attention.streams import in_order, stream_positions, write_at
+
+
+def attend_and_write(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    arena: Arena,
+    shape: ArenaShape,
+    tables: jax.Array,
+    starts: jax.Array,
+    counts: jax.Array,
+    layer_offset: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, jax.Array | None, Arena]:
+    """`lumen_kernels.paged_attention.prefill` with checked arguments."""
+    if k is not None and v is not None:
+        rows, positions = stream_positions(starts, counts, q.shape[0])
+        arena = write_at(
+            k, v, arena, shape.block_size, tables, rows, positions, layer_offset, options.target
+        )
+    out, lse = xla.attend(q, arena, shape, tables, starts, counts, layer_offset, options)
+    out, arena = in_order(out, arena)
+    return out, lse if options.with_lse else None, arena
