@@ -157,13 +157,13 @@ class DeviceExecutor:
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""
         programs, batch = self._programs, self._batches.of(flight.plan.decode_rows)
-        hidden = programs.decode_embed[batch.bucket](
-            self._model.embedding, self._last_tokens, batch.device_rows
+        hidden, schedule = programs.decode_embed[batch.bucket](
+            self._model.embedding, self._last_tokens, batch.device_rows, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
             hidden, self._arena = unit(
-                weights, hidden, self._arena, batch.tables, batch.lengths, offset
+                weights, hidden, self._arena, batch.tables, batch.lengths, schedule, offset
             )
         masks = flight.plan.masks if not flight.steps else {}
         kind = HeadKind.COMPLETE if masks else batch.kind

@@ -32,12 +32,18 @@ class HeadKind(enum.Enum):
     COMPLETE = "complete"  # masks and log-probabilities too
 
 
+Schedule = tuple[jax.Array, ...]
+"""What `paged_attention.decode_schedule` makes, or nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Programs:
     """Compiled programs by bucket. Shapes: b rows, c tokens of a chunk, t table columns.
 
-    decode_embed[b](embedding, last_tokens [num_rows], rows [b]) -> hidden [b, hidden size]
-    decode_unit[b](unit, hidden, arena, tables [b, t], lengths [b], offset) -> hidden, arena
+    decode_embed[b](embedding, last_tokens [num_rows], rows [b], lengths [b])
+        -> hidden [b, hidden size], schedule
+    decode_unit[b](unit, hidden, arena, tables [b, t], lengths [b], schedule, offset)
+        -> hidden, arena
     prefill_embed[c](embedding, chunk [c + t + 3]) -> hidden [c, hidden size]
     prefill_unit[c](unit, hidden, arena, chunk, offset) -> hidden, arena
     prefill_last[c](hidden, chunk) -> hidden [1, hidden size], rows [1], lengths [1]
@@ -45,7 +51,9 @@ class Programs:
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
     zero_arena() -> arena
 
-    rows: num_rows marks a padding row. lengths: tokens including the one being run, 0 for padding.
+    schedule: how attention of this step is cut over the chip, the same for all layers; a tuple,
+    empty where the backend needs none. rows: num_rows marks a padding row. lengths: tokens
+    including the one being run, 0 for padding.
     more: sampling [5, b] for SAMPLED and COMPLETE, then masks uint32 [b, words] for COMPLETE.
     hidden and arena are donated, except the hidden of prefill_last.
     """
@@ -102,11 +110,14 @@ class ProgramBuilder:
         embedding = shapes.defs.embedding
 
         def decode_embed(
-            weights: Sequence[jax.Array], last_tokens: jax.Array, rows: jax.Array
-        ) -> jax.Array:
+            weights: Sequence[jax.Array],
+            last_tokens: jax.Array,
+            rows: jax.Array,
+            lengths: jax.Array,
+        ) -> tuple[jax.Array, Schedule]:
             tokens = last_tokens.at[rows].get(mode="fill", fill_value=0)
             hidden: jax.Array = embedding.merge(weights)(tokens, self._axis)
-            return hidden
+            return hidden, self._schedule(lengths)
 
         return self._lower(
             decode_embed,
@@ -114,8 +125,9 @@ class ProgramBuilder:
                 shapes.weights(embedding),
                 shapes.int32(shapes.num_rows),
                 shapes.int32(rows),
+                shapes.int32(rows),
             ),
-            WHOLE,
+            (WHOLE, WHOLE),
         )
 
     def _decode_unit(self, rows: int) -> jax.stages.Lowered:
@@ -128,6 +140,7 @@ class ProgramBuilder:
             arena: Arena,
             tables: jax.Array,
             lengths: jax.Array,
+            schedule: Schedule,
             offset: jax.Array,
         ) -> tuple[jax.Array, Arena]:
             def attend(
@@ -135,7 +148,7 @@ class ProgramBuilder:
             ) -> tuple[jax.Array, Arena]:
                 out, _, arena = paged_attention.decode(
                     q, k, v, arena, tables, lengths, self._layer_offset(offset, layer_in_unit),
-                    **self._attention(),
+                    schedule=next(iter(schedule), None), **self._attention(),
                 )  # fmt: skip
                 return out, arena
 
@@ -149,7 +162,8 @@ class ProgramBuilder:
             decode_unit,
             (
                 shapes.weights(unit), shapes.hidden(rows), shapes.arena(),
-                shapes.int32(rows, shapes.table_columns), shapes.int32(rows), shapes.int32(),
+                shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
+                self._schedule_shape(rows), shapes.int32(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -257,6 +271,21 @@ class ProgramBuilder:
             ),
             (WHOLE,) * outputs,
         )  # fmt: skip
+
+    def _schedule(self, lengths: jax.Array) -> Schedule:
+        layout = self._shapes.arena_layout
+        made = paged_attention.decode_schedule(
+            lengths,
+            block_size=layout.block_size,
+            kv_heads=layout.heads,
+            target=self._target,
+            sliding_window=self._shapes.config.sliding_window,
+        )
+        return () if made is None else (made,)
+
+    def _schedule_shape(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        made = jax.eval_shape(self._schedule, self._shapes.int32(rows))
+        return tuple(self._shapes.int32(*one.shape) for one in made)
 
     def _attention(self) -> dict[str, Any]:
         config = self._shapes.config
