@@ -1,16 +1,22 @@
 """KV write: store the K and V of new tokens in the arena, in place."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from lumen_kernels.arena import ArenaShape, arena_shape
 from lumen_kernels.errors import KernelArgumentError
-from lumen_kernels.kv_write import xla
-from lumen_kernels.target import Target
+from lumen_kernels.kv_write import mosaic_gpu, mosaic_tpu, xla
+from lumen_kernels.target import Backend, Target
 
 __all__ = ["write"]
 
 _OPERATION = "kv_write.write"
+
+# All layers of a program share one lowered kernel: the compiler does not see that they are the
+# same, and takes some seconds for each.
+_on_gpu: Callable[..., tuple[jax.Array, ...]] = jax.jit(mosaic_gpu.write, static_argnums=(6, 7))
 
 
 def write(
@@ -28,18 +34,24 @@ def write(
     k, v [tokens, kv heads, head_dim], converted to the arena's dtype; arena: see
     `lumen_kernels.arena`; slots int32 [tokens]: slot base of the token's block, negative if the
     token is not stored; offsets int32 [tokens]: its position inside the block; layer_offset int32
-    scalar, may be traced: layer * kv heads. No two tokens have the same place, and tokens stored
-    in one block stand in order of their positions, with none of another block between them: a
-    TPU writes them 16 positions at a time.
+    scalar, may be traced: layer * kv heads. No two tokens have the same place, and the tokens
+    stored in one block stand next to each other, in order of position: a TPU writes them 16
+    positions at a time.
 
     Returns the arena, in place where it is donated. Raises KernelArgumentError.
     """
     shape = _checked(k, v, arena, slots, offsets, layer_offset)
-    k, v = k.astype(arena[0].dtype), v.astype(arena[0].dtype)
-    slots = jnp.where(slots < 0, -1, slots + layer_offset)
+    arena = tuple(arena)
     if k.shape[0] == 0:
-        return tuple(arena)
-    return xla.write(k, v, tuple(arena), slots, offsets, shape)
+        return arena
+    dtype = arena[0].dtype
+    k, v = k.astype(dtype), v.astype(dtype)
+    layer = jnp.asarray(layer_offset, jnp.int32)
+    if target.backend is Backend.MOSAIC_GPU and mosaic_gpu.supports(shape, k.shape[1], dtype):
+        return _on_gpu(k, v, arena, slots, offsets, layer, shape, target)
+    if target.backend is Backend.MOSAIC_TPU and mosaic_tpu.supports(shape, dtype):
+        return mosaic_tpu.write(k, v, arena, slots, offsets, layer, shape, target)
+    return xla.write(k, v, arena, slots, offsets, layer, shape)
 
 
 def _checked(

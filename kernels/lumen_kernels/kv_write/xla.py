@@ -12,33 +12,26 @@ def write(
     arena: tuple[jax.Array, ...],
     slots: jax.Array,
     offsets: jax.Array,
+    layer_offset: jax.Array,
     shape: ArenaShape,
 ) -> tuple[jax.Array, ...]:
-    """Store one token's K and V per row, in place if the arena is donated.
+    """See `lumen_kernels.kv_write.write`; k and v in the arena's dtype, layer_offset int32.
 
-    k, v [tokens, kv heads, head_dim] in the arena's dtype; slots int32 [tokens]: of the token's
-    block, of this layer's head 0, negative if it is not stored; offsets int32 [tokens].
-
-    The scatter goes through the flat view of a segment: in the natural form XLA on TPU copies the
-    whole arena into another layout. A segment has fewer than 2^31 rows however large it is, so
-    its row ids fit int32 where a byte offset would not.
+    Every dimension but the row's own is indexed. If K and V of a row were one window of the
+    scatter (`.at[slot, :, offset]`), XLA on TPU would bring the whole arena into another layout
+    for it; through a flat view XLA on CPU would copy a packed arena.
     """
-    heads = k.shape[1]
-    pages, block_size, width = shape.page_shape
-    values = jnp.concatenate([k, v], axis=2) if shape.packed else jnp.stack([k, v], axis=2)
-    values = values.reshape(-1, heads, pages, width)
-    inside = jnp.arange(heads * pages, dtype=jnp.int32).reshape(heads, pages) * block_size
-    distinct = jnp.arange(k.shape[0] * heads * pages, dtype=jnp.int32)
-    distinct = distinct.reshape(-1, heads, pages)
+    tokens, heads = k.shape[:2]
+    values = jnp.concatenate([k, v], 2)[:, :, None] if shape.packed else jnp.stack([k, v], 2)
+    heads_slots = (slots + layer_offset)[:, None] + jnp.arange(heads, dtype=jnp.int32)
+    pages = jnp.arange(values.shape[2], dtype=jnp.int32)
+    distinct = jnp.arange(tokens * heads, dtype=jnp.int32).reshape(tokens, heads)
     written = []
-    for segment, first in zip(arena, shape.first_slots, strict=True):
-        local = slots - first
-        here = (slots >= 0) & (local >= 0) & (local < segment.shape[0])
-        rows = (local * (pages * block_size) + offsets)[:, None, None] + inside
+    for segment, first, size in zip(arena, shape.first_slots, shape.slots, strict=True):
+        local = heads_slots - first
+        here = (slots >= 0)[:, None] & (local >= 0) & (local < size)
         # Distinct and out of range: dropped, and the indices stay unique.
-        spare = segment.shape[0] * pages * block_size + distinct
-        rows = jnp.where(here[:, None, None], rows, spare)
-        flat = segment.reshape(-1, width)
-        flat = flat.at[rows].set(values, mode="drop", unique_indices=True)
-        written.append(flat.reshape(segment.shape))
+        rows = jnp.where(here, local, size + distinct)
+        place = segment.at[rows[:, :, None], pages, offsets[:, None, None]]
+        written.append(place.set(values, mode="drop", unique_indices=True))
     return tuple(written)
