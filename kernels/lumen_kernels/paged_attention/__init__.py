@@ -7,9 +7,11 @@ row's context, whatever lies there, and does not follow table columns past a row
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
+from lumen_kernels.arena import arena_shape
 from lumen_kernels.paged_attention import decode as _decode
 from lumen_kernels.paged_attention import prefill as _prefill
 from lumen_kernels.paged_attention.options import Arena, Options, check_options, checked
@@ -99,14 +101,19 @@ def prefill(
 
 def decode_schedule(
     lengths: jax.Array,
+    q: Any,
+    arena: Sequence[Any],
     *,
-    block_size: int,
     kv_heads: int,
     target: Target,
     sliding_window: int | None = None,
 ) -> jax.Array | None:
     """How a decode step's work is cut over the chip: the same for all layers of a step.
 
-    lengths int32 [rows], as `decode` takes them. None where the backend needs no such thing.
+    lengths int32 [rows], as `decode` takes them; q, arena: arrays or shape structs like those of
+    the `decode` calls that it is for. None where the backend needs no such thing. Raises
+    KernelArgumentError.
     """
-    return _decode.schedule(lengths, block_size, kv_heads, sliding_window, target)
+    shape = arena_shape("decode_schedule", arena, q.shape[-1])
+    like = q if q.ndim == 4 else jax.ShapeDtypeStruct((q.shape[0], 1, *q.shape[1:]), q.dtype)
+    return _decode.schedule(lengths, like, shape, kv_heads, sliding_window, target)

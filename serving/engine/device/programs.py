@@ -19,7 +19,7 @@ from lumen_kernels.paged_attention.options import Arena
 from lumen_kernels.target import Target
 
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
-from lumen.sharding import TENSOR_AXIS
+from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.compilation import Compiled
 from serving.engine.device.program_shapes import ARENA, SAMPLING_FIELDS, WHOLE, ProgramShapes
 
@@ -154,7 +154,7 @@ class ProgramBuilder:
 
             positions = jnp.maximum(lengths - 1, 0)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, positions, arena, attend, self._axis
+                hidden, positions, arena, attend, self._target, self._axis
             )
             return result
 
@@ -203,7 +203,7 @@ class ProgramBuilder:
 
             positions = start + jnp.arange(tokens, dtype=jnp.int32)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, positions, arena, attend, self._axis
+                hidden, positions, arena, attend, self._target, self._axis
             )
             return result
 
@@ -244,7 +244,7 @@ class ProgramBuilder:
             lengths: jax.Array,
             *more: jax.Array,
         ) -> tuple[jax.Array, ...]:
-            logits: jax.Array = shapes.defs.head.merge(weights)(hidden, self._axis)
+            logits: jax.Array = shapes.defs.head.merge(weights)(hidden, self._target, self._axis)
             logprobs: tuple[jax.Array, ...] = ()
             if kind is HeadKind.GREEDY:
                 tokens = sample_greedy(logits)
@@ -273,13 +273,17 @@ class ProgramBuilder:
         )  # fmt: skip
 
     def _schedule(self, lengths: jax.Array) -> Schedule:
-        layout = self._shapes.arena_layout
+        shapes = self._shapes
+        config = shapes.config
+        heads = HeadLayout(config.num_heads, config.num_kv_heads, shapes.mesh.size).q_per_device
+        q = jax.ShapeDtypeStruct((lengths.shape[0], heads, config.head_dim), shapes.dtype)
         made = paged_attention.decode_schedule(
             lengths,
-            block_size=layout.block_size,
-            kv_heads=layout.heads,
+            q,
+            shapes.arena(),
+            kv_heads=shapes.arena_layout.heads,
             target=self._target,
-            sliding_window=self._shapes.config.sliding_window,
+            sliding_window=config.sliding_window,
         )
         return () if made is None else (made,)
 

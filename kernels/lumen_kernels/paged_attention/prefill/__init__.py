@@ -3,9 +3,14 @@
 import jax
 
 from lumen_kernels.arena import ArenaShape
+from lumen_kernels.paged_attention import mosaic_tpu_blocks
 from lumen_kernels.paged_attention.options import Arena, Options
-from lumen_kernels.paged_attention.prefill import xla
+from lumen_kernels.paged_attention.prefill import mosaic_gpu, mosaic_tpu, xla
 from lumen_kernels.paged_attention.streams import in_order, stream_positions, write_at
+from lumen_kernels.target import Backend
+
+# One lowered kernel for all layers of a program, as for decode.
+_attend_on_gpu = jax.jit(mosaic_gpu.attend, static_argnames=("shape", "options"))
 
 
 def attend_and_write(
@@ -26,6 +31,12 @@ def attend_and_write(
         arena = write_at(
             k, v, arena, shape.block_size, tables, rows, positions, layer_offset, options.target
         )
-    out, lse = xla.attend(q, arena, shape, tables, starts, counts, layer_offset, options)
+    place = (arena, shape, tables, starts, counts, layer_offset, options)
+    if mosaic_gpu.supports(q, shape, options):
+        return *_attend_on_gpu(q, *place), arena
+    backend = options.target.backend
+    if backend is Backend.MOSAIC_TPU and mosaic_tpu_blocks.supports(shape, q.dtype):
+        return *mosaic_tpu.attend(q, *place), arena
+    out, lse = xla.attend(q, *place)
     out, arena = in_order(out, arena)
     return out, lse if options.with_lse else None, arena
