@@ -9,22 +9,18 @@ Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32
 has the model's dtype; sums inside norms, rotations and activations are in float32.
 """
 
-import functools
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from lumen_kernels.matmul import matmul
+from lumen_kernels.target import Target
 
 from lumen.config import ModelConfig
 from lumen.rope import inverse_frequencies, rotate, rotation
 from lumen.sharding import HeadLayout, padded
-
-_FEW_TOKENS = 64
-"""Up to here a CPU multiplies faster with the matrix on the left: XLA's CPU backend copies its
-right operand into another layout at every call. SmolLM2's layers on 2 cores: 33 against 67 ms for
-2 tokens, 60 against 105 for 16, 115 against 146 for 32, no gain for 128 or for 1."""
 
 
 class Attend(Protocol):
@@ -40,34 +36,6 @@ class Attend(Protocol):
         head_dim ** -0.5.
         """
         ...
-
-
-def project(x: jax.Array, matrix: jax.Array, out_dtype: Any) -> jax.Array:
-    """x [tokens, in] times matrix [out, in] transposed: [tokens, out].
-
-    Accumulates in float32. float32 operands are multiplied as float32, which GPUs and TPUs do
-    not do unless asked.
-    """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    product = functools.partial(
-        lax.dot_general, precision=precision, preferred_element_type=out_dtype
-    )
-
-    def tokens_first(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        result: jax.Array = product(x, matrix, (((1,), (1,)), ((), ())))
-        return result
-
-    def matrix_first(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        # The barrier keeps XLA from turning the product round again.
-        result: jax.Array = lax.optimization_barrier(product(matrix, x, (((1,), (1,)), ((), ()))))
-        return result.T
-
-    if 1 < x.shape[0] <= _FEW_TOKENS:
-        result: jax.Array = lax.platform_dependent(
-            x, matrix, cpu=matrix_first, default=tokens_first
-        )
-        return result
-    return tokens_first(x, matrix)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -140,37 +108,38 @@ class DecoderUnit(nnx.Module):
         positions: jax.Array,
         arena: Any,
         attend: Attend,
+        target: Target,
         axis_name: str | None = None,
     ) -> tuple[jax.Array, Any]:
         """Run the unit's layers.
 
-        hidden [tokens, hidden] in the model's dtype, positions int32 [tokens]; returns the new
-        hidden states and the arena as `attend` left it.
+        hidden [tokens, hidden] in the model's dtype, positions int32 [tokens]; target: of the mesh
+        this is traced for. Returns the new hidden states and the arena as `attend` left it.
         """
         eps = self.config.rms_norm_eps
         cos, sin = rotation(positions, inverse_frequencies(self.config))
         norms = self.norms[...]
         for index, layer in enumerate(self.layers):
             x = rms_norm(hidden, norms[index, 0], eps)
-            q, k, v = self._queries_keys_values(index, layer, x)
+            q, k, v = self._queries_keys_values(index, layer, x, target)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             attended, arena = attend(index, q, k, v, arena)
             attended = attended.reshape(attended.shape[0], -1)
-            out = project(attended, layer.o[...], hidden.dtype)
+            out = matmul(attended, layer.o[...], target=target)
             hidden = hidden + _sum_over(out, axis_name)
             x = rms_norm(hidden, norms[index, 1], eps)
-            gate, up = jnp.split(project(x, layer.gate_up[...], x.dtype), 2, axis=1)
+            gate, up = jnp.split(matmul(x, layer.gate_up[...], target=target), 2, axis=1)
             inner = nnx.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-            out = project(inner.astype(x.dtype), layer.down[...], hidden.dtype)
+            out = matmul(inner.astype(x.dtype), layer.down[...], target=target)
             hidden = hidden + _sum_over(out, axis_name)
         return hidden, arena
 
     def _queries_keys_values(
-        self, index: int, layer: DecoderLayer, x: jax.Array
+        self, index: int, layer: DecoderLayer, x: jax.Array, target: Target
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Project x [tokens, hidden] to q, k, v [tokens, heads, head_dim], normed, not rotated."""
         config, heads = self.config, self.heads
-        fused = project(x, layer.qkv[...], x.dtype)
+        fused = matmul(x, layer.qkv[...], target=target)
         if config.qkv_bias:
             fused = (fused.astype(jnp.float32) + self.qkv_bias[index]).astype(x.dtype)
         fused = fused.reshape(x.shape[0], -1, config.head_dim)
@@ -191,10 +160,12 @@ class Head(nnx.Module):
         shape = (padded(config.vocab_size, heads.tensor), config.hidden_size)
         self.table = nnx.Param(jnp.zeros(shape, dtype))
 
-    def __call__(self, hidden: jax.Array, axis_name: str | None = None) -> jax.Array:
+    def __call__(
+        self, hidden: jax.Array, target: Target, axis_name: str | None = None
+    ) -> jax.Array:
         """[tokens, hidden] to logits float32 [tokens, vocabulary], whole on every device."""
         x = rms_norm(hidden, self.norm[...], self.config.rms_norm_eps)
-        logits = project(x, self.table[...], jnp.float32)
+        logits = matmul(x, self.table[...], target=target, out_dtype=jnp.float32)
         if axis_name is not None:
             logits = lax.all_gather(logits, axis_name, axis=1, tiled=True)
         return logits[:, : self.config.vocab_size]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from lumen_kernels.target import CPU
 
 from lumen.sharding import TENSOR_AXIS
 
@@ -38,13 +39,13 @@ def _programs(defs, mesh, window):
     def unit(weights, hidden):
         positions = jnp.arange(hidden.shape[0], dtype=jnp.int32)
         module = defs.unit.merge(weights)
-        return module(hidden, positions, None, dense_attend(window), TENSOR_AXIS)[0]
+        return module(hidden, positions, None, dense_attend(window), CPU, TENSOR_AXIS)[0]
 
     def embed(weights, tokens):
         return defs.embedding.merge(weights)(tokens, TENSOR_AXIS)
 
     def head(weights, hidden):
-        return defs.head.merge(weights)(hidden, TENSOR_AXIS)
+        return defs.head.merge(weights)(hidden, CPU, TENSOR_AXIS)
 
     return (
         jax.jit(shard(embed, in_specs=(defs.embedding.specs, P()))),

@@ -1,0 +1,338 @@
+"""x @ w.T on NVIDIA Hopper (Pallas Mosaic GPU) for up to 256 rows of x: the weights stream once.
+
+A persistent grid; every block owns whole tiles of `tile_n` rows of w and, with `splits` > 1, one
+slice of K: then a cluster of `splits` blocks shares a tile. One warpgroup of a block only loads,
+tiles of w and of x together through a ring of shared memory; the others multiply: x is WGMMA's
+left operand, 64 or 128 rows of it for each warpgroup, w.T the right one, so a tile may have any
+multiple of 8 rows and the result stands as it is stored.
+
+x has as many rows in shared memory as it has (rounded up to 8); the left operand's window of 64
+then reaches into the next stages. Those rows are never stored.
+
+Blocks may start at different places of K and go round: side by side they read the same columns of
+x at once, from the few slices of the L2 cache that hold them. Neighbours in step read w better,
+though; `staggered` pays with long stages only.
+
+Blocks of a cluster exchange float32 partial sums through distributed shared memory; each adds one
+piece of the tile in the order of K and stores it. The order of every sum depends on the cut
+only: a row's result has the same bits whatever the other rows are.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lumen_kernels.matmul.rule import Tiling
+
+_LOADER_REGISTERS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a product of these shapes is cut."""
+
+    m: int
+    n: int
+    k: int
+    tiling: Tiling
+
+    @property
+    def steps(self) -> int:
+        """Stages of w along all of K."""
+        return self.k // self.tiling.tile_k
+
+    @property
+    def loaded_rows(self) -> int:
+        """Rows of x in a stage."""
+        return self.tiling.padded_rows if self.m > 64 else _up(self.m, 8)
+
+    @property
+    def piece(self) -> int:
+        """Columns of the result one block adds and stores per tile."""
+        return self.tiling.tile_n // self.tiling.splits
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.n // self.tiling.tile_n)
+
+    @property
+    def clusters(self) -> int:
+        """As few as finish in the same number of rounds as all that fit."""
+        rounds = -(-self.tiles // self.tiling.clusters)
+        return -(-self.tiles // rounds)
+
+    @property
+    def several_tiles(self) -> bool:
+        return self.tiles > self.clusters
+
+    @property
+    def unit(self) -> int:
+        """Every tile and every piece starts at a multiple of it."""
+        return math.gcd(self.n, self.tiling.tile_n, self.tiling.stored)
+
+    def scratch(self, x_dtype: Any, out_dtype: Any, interpret: bool) -> dict[str, Any]:
+        """Rings, staging buffers and barriers."""
+        t, rows = self.tiling, self.tiling.rows
+        operand = _swizzled(64, 2)
+        window = t.padded_rows - self.loaded_rows
+        scratch = {
+            "x_ring": plgpu.SMEM(
+                (t.stages * self.loaded_rows + window, t.tile_k), x_dtype, transforms=operand
+            ),
+            "w_ring": plgpu.SMEM((t.stages, t.tile_n, t.tile_k), x_dtype, transforms=operand),
+            "staging": plgpu.SMEM((t.warpgroups, rows, t.stored), out_dtype),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+            "free": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
+        }
+        if t.splits > 1:
+            by_all = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
+            scratch["read"] = by_all
+            if interpret:
+                scratch["sent"] = by_all
+            else:
+                scratch["received"] = plgpu.SMEM(
+                    (t.splits, t.warpgroups, rows, self.piece),
+                    jnp.float32,
+                    transforms=_swizzled(math.gcd(t.stored, 32), 4),
+                )
+                scratch["sent"] = plgpu.Barrier(num_arrivals=t.splits, num_barriers=t.warpgroups)
+        return scratch
+
+
+def matmul(
+    x: jax.Array, w: jax.Array, tiling: Tiling, out_dtype: Any, *, interpret: bool = False
+) -> jax.Array:
+    """x [M, K] times w [N, K] transposed: [M, N]. bfloat16 in; M up to `tiling.padded_rows`."""
+    cut = _Cut(x.shape[0], w.shape[0], w.shape[1], tiling)
+    if cut.m > 8 and cut.m % 8:
+        # Bulk copies of swizzled tiles reach past the end of an array of less than 8 rows only.
+        x = jnp.pad(x, ((0, -cut.m % 8), (0, 0)))
+    out: list[Any] = [jax.ShapeDtypeStruct((cut.m, cut.n), out_dtype)]
+    if interpret and tiling.splits > 1:
+        # The interpreter knows no distributed shared memory: the partial sums go through here.
+        lanes = (cut.clusters, tiling.splits, tiling.splits, tiling.warpgroups)
+        out.append(jax.ShapeDtypeStruct((*lanes, tiling.rows, cut.piece), jnp.float32))
+
+    def body(x_ref: Any, w_ref: Any, out_ref: Any, *exchange: Any, **scratch: Any) -> None:
+        block = _Block(cut, scratch, exchange[0] if exchange else None, interpret)
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup == tiling.warpgroups)(lambda: block.load(x_ref, w_ref))
+        pl.when(warpgroup < tiling.warpgroups)(lambda: block.multiply(out_ref, warpgroup))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=cut.scratch(x.dtype, out_dtype, interpret),
+        grid=(cut.clusters,),
+        grid_names=("cluster",),
+        cluster=(tiling.splits,),
+        cluster_names=("split",),
+        num_threads=tiling.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=128),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        kernel_name="skinny_matmul",
+    )
+    result: jax.Array = kernel(x, w)[0]
+    return result
+
+
+class _Block:
+    """What the warpgroups of one block do."""
+
+    def __init__(self, cut: _Cut, scratch: dict[str, Any], exchange: Any, interpret: bool) -> None:
+        self.cut, self.tiling, self.interpret = cut, cut.tiling, interpret
+        self.scratch, self.exchange = scratch, exchange
+        self.cluster, self.split = lax.axis_index("cluster"), lax.axis_index("split")
+        steps, splits = _i32(cut.steps), _i32(self.tiling.splits)
+        self.first_step = lax.div(self.split * steps, splits)
+        self.tile_steps = lax.div((self.split + _i32(1)) * steps, splits) - self.first_step
+        every = _i32(cut.clusters)
+        self.tile_count = lax.div(_i32(cut.tiles - 1) - self.cluster, every) + _i32(1)
+
+    def _first_unit(self, index: jax.Array) -> jax.Array:
+        """Where this block's tile number `index` starts in w, in units; the last ones overlap."""
+        cut, tile = self.cut, self.cluster + index * _i32(self.cut.clusters)
+        last = (cut.n - self.tiling.tile_n) // cut.unit
+        return lax.min(tile * _i32(self.tiling.tile_n // cut.unit), _i32(last))
+
+    def _step_columns(self, at: jax.Array) -> Any:
+        """Columns of x and w for step `at` of a tile."""
+        if self.tiling.staggered:
+            every = _i32(self.cut.clusters)
+            at = lax.rem(at + lax.div(self.cluster * self.tile_steps, every), self.tile_steps)
+        step = self.first_step + at
+        return pl.ds(step * self.tiling.tile_k, self.tiling.tile_k)
+
+    def load(self, x_ref: Any, w_ref: Any) -> None:
+        """Bring x and this block's part of w into the ring, tile after tile."""
+        t, scratch, x_rows = self.tiling, self.scratch, self.cut.loaded_rows
+        if t.registers:
+            plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
+        # Rows past the end of x read as zeros; only a traced start may reach there.
+        first_row = self.split * 0 if x_rows > x_ref.shape[0] else 0
+
+        def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
+            rows = pl.ds(self._first_unit(index) * self.cut.unit, t.tile_n)
+
+            def step(at: jax.Array, turn: jax.Array) -> jax.Array:
+                slot, columns = lax.rem(turn, _i32(t.stages)), self._step_columns(at)
+                full, x_slot = scratch["full"].at[slot], pl.ds(slot * x_rows, x_rows)
+                free = scratch["free"].at[slot]
+                pl.when(turn >= t.stages)(lambda: plgpu.barrier_wait(free))
+                plgpu.copy_gmem_to_smem(w_ref.at[rows, columns], scratch["w_ring"].at[slot], full)
+                x_tile = x_ref.at[pl.ds(first_row, x_rows), columns]
+                plgpu.copy_gmem_to_smem(x_tile, scratch["x_ring"].at[x_slot], full)
+                return turn + _i32(1)
+
+            after: jax.Array = lax.fori_loop(_i32(0), self.tile_steps, step, turn)
+            return after
+
+        turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        if self.interpret:
+            # The interpreter wants every arrival awaited; the chip does not mind.
+            def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
+                plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, _i32(t.stages))])
+                return carry
+
+            last = lax.max(turns - _i32(t.stages), _i32(0))
+            lax.fori_loop(last, turns, await_readers, _i32(0))
+
+    def multiply(self, out_ref: Any, warpgroup: jax.Array) -> None:
+        """Multiply tile after tile with one warpgroup's rows of x and store the results."""
+        t, cut = self.tiling, self.cut
+        if t.registers:
+            plgpu.set_max_registers(t.registers, action="increase")
+
+        def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
+            sums, turn = self._sums(warpgroup, turn)
+            start = self._first_unit(index) + self.split * _i32(cut.piece // cut.unit)
+            if t.splits == 1:
+                self._store(lambda at, size: sums[:, at : at + size], out_ref, warpgroup, start)
+                return turn
+            pl.when(index > 0)(lambda: plgpu.barrier_wait(self.scratch["read"]))
+            self._send(sums, warpgroup)
+            self._store(
+                lambda at, size: self._added(warpgroup, at, size), out_ref, warpgroup, start
+            )
+            plgpu.barrier_arrive(self.scratch["read"])
+            return turn
+
+        lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        if t.splits > 1:
+            # No block may end while another of its cluster still signals it.
+            plgpu.barrier_wait(self.scratch["read"])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _sums(self, warpgroup: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One tile's sums over this block's part of K, [rows, tile_n] float32."""
+        t, scratch = self.tiling, self.scratch
+
+        def free_before(turn: jax.Array) -> None:
+            plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - _i32(1), _i32(t.stages))])
+
+        def accumulate(accumulator: Any) -> tuple[jax.Array, jax.Array]:
+            def step(at: jax.Array, turn: jax.Array) -> jax.Array:
+                slot = lax.rem(turn, _i32(t.stages))
+                plgpu.barrier_wait(scratch["full"].at[slot])
+                window = pl.ds(slot * self.cut.loaded_rows + warpgroup * t.rows, t.rows)
+                left, right = scratch["x_ring"].at[window], scratch["w_ring"].at[slot]
+                plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+                plgpu.wgmma_wait(1)  # the product before this one has been made
+                pl.when(at > 0)(lambda: free_before(turn))
+                return turn + _i32(1)
+
+            turns = lax.fori_loop(_i32(0), self.tile_steps, step, turn)
+            return accumulator[...], turns
+
+        accumulator = plgpu.WGMMAAccumulatorRef((t.rows, t.tile_n), jnp.float32)
+        sums, turn = pl.run_scoped(accumulate, accumulator)
+        free_before(turn)
+        return sums, turn
+
+    def _send(self, sums: jax.Array, warpgroup: jax.Array) -> None:
+        """Give every block of the cluster its piece of this block's sums."""
+        scratch, piece = self.scratch, self.cut.piece
+        for target in range(self.tiling.splits):
+            part = sums[:, target * piece : (target + 1) * piece]
+            if self.interpret:
+                self.exchange.at[self.cluster, target, self.split, warpgroup][...] = part
+            else:
+                plgpu.async_store_smem(
+                    part,
+                    scratch["received"].at[self.split, warpgroup],
+                    scratch["sent"].at[warpgroup],
+                    cluster_idx=_i32(target),
+                    cluster_dim="split",
+                )
+        if self.interpret:
+            plgpu.barrier_arrive(scratch["sent"])
+            plgpu.barrier_wait(scratch["sent"])
+        else:
+            plgpu.barrier_wait(scratch["sent"].at[warpgroup])
+
+    def _added(self, warpgroup: jax.Array, at: int, size: int) -> jax.Array:
+        """Columns at .. at + size of this block's piece, added up in the order of K."""
+
+        def partial(source: int) -> jax.Array:
+            columns = pl.ds(at, size)
+            part: jax.Array
+            if self.interpret:
+                part = self.exchange[self.cluster, self.split, source, warpgroup, :, columns]
+            else:
+                part = self.scratch["received"][source, warpgroup, :, columns]
+            return part
+
+        total = partial(0)
+        for source in range(1, self.tiling.splits):
+            total = total + partial(source)
+        return total
+
+    def _store(
+        self,
+        value: Callable[[int, int], jax.Array],
+        out_ref: Any,
+        warpgroup: jax.Array,
+        start: jax.Array,
+    ) -> None:
+        """Store a piece: value(at, size) are its columns at .. at + size; start is in units."""
+        cut, t = self.cut, self.tiling
+        width, staging = t.stored, self.scratch["staging"].at[warpgroup]
+        for index in range(cut.piece // width):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staging[...] = value(index * width, width).astype(out_ref.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds((start + _i32(index * width // cut.unit)) * cut.unit, width)
+            for part in range(t.warpgroups):
+                valid = min(t.rows, cut.m - part * t.rows)
+
+                def store(part: int = part, valid: int = valid, columns: Any = columns) -> None:
+                    rows = pl.ds(part * t.rows, valid)
+                    plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, valid)], out_ref.at[rows, columns])
+
+                if t.warpgroups == 1:
+                    store()
+                elif valid > 0:
+                    pl.when(warpgroup == part)(store)
+
+
+def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:
+    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled."""
+    tiles: Any = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+    swizzle: Any = plgpu.SwizzleTransform(columns * item_bytes)  # type: ignore[abstract]
+    return tiles, swizzle
+
+
+def _i32(value: int) -> jax.Array:
+    return jnp.asarray(value, jnp.int32)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,122 @@
+"""The Hopper kernel in its interpreter, and lowered for the chip."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lumen_kernels.matmul import matmul, mosaic_gpu, rule
+from lumen_kernels.matmul.rule import Tiling
+from lumen_kernels.target import CPU, HOPPER, Backend, Target
+
+LLAMA_8B = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+ONE = Tiling(
+    tile_n=32, tile_k=128, splits=1, clusters=4, rows=64, warpgroups=1, stages=3, stored=32
+)
+TILINGS = {
+    # name: (m, n, k, tiling)
+    "one row": (1, 64, 256, ONE),
+    "n not a multiple of the tile, several tiles per block": (8, 296, 256, ONE),
+    "m not a multiple of 8": (21, 96, 512, ONE),
+    "few rows, more stages than steps": (5, 64, 128, ONE),
+    "a tile of 56 rows": (64, 120, 256, dataclasses.replace(ONE, tile_n=56, stored=56)),
+    "two warpgroups": (128, 64, 256, dataclasses.replace(ONE, warpgroups=2, tile_k=64)),
+    "second warpgroup half full": (72, 64, 256, dataclasses.replace(ONE, warpgroups=2)),
+    "split": (33, 128, 512, dataclasses.replace(ONE, splits=2, clusters=2, tile_n=64)),
+    "split unevenly, several tiles": (
+        16,
+        200,
+        640,
+        dataclasses.replace(ONE, splits=2, clusters=2, tile_n=64, stored=16),
+    ),
+    "staggered": (8, 256, 512, dataclasses.replace(ONE, staggered=True)),
+    "rows of 128": (
+        256,
+        112,
+        256,
+        Tiling(56, 64, 1, 2, rows=128, warpgroups=2, stages=2, stored=56, registers=216),
+    ),
+}
+
+
+def operands(m, n, k, seed=0):
+    random = np.random.default_rng(seed)
+    return tuple(jnp.asarray(random.normal(size=s), jnp.bfloat16) for s in ((m, k), (n, k)))
+
+
+def relative_error(got, x, w):
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_the_kernel_multiplies(name):
+    m, n, k, tiling = TILINGS[name]
+    x, w = operands(m, n, k)
+    out = mosaic_gpu.matmul(x, w, tiling, jnp.float32, interpret=True)
+    assert out.dtype == jnp.float32
+    assert relative_error(out, x, w) < 1e-6
+    rounded = mosaic_gpu.matmul(x, w, tiling, jnp.bfloat16, interpret=True)
+    np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("m", [1, 8, 13, 32, 64, 72, 128, 256])
+@pytest.mark.parametrize("name", LLAMA_8B)
+def test_it_lowers_for_hopper(name, m, dtype):
+    n, k = LLAMA_8B[name]
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((m, k), (n, k)))
+    program = jax.jit(lambda x, w: matmul(x, w, target=HOPPER, out_dtype=dtype))
+    exported = jax.export.export(program, platforms=["cuda"])(x, w)
+    assert exported.out_avals[0].shape == (m, n)
+    ours = rule.tiling(m, (n, k), x.dtype, dtype, HOPPER) is not None
+    assert ("custom_call @mosaic_gpu" in exported.mlir_module()) == ours
+
+
+def test_the_kernel_takes_what_it_was_measured_to_win():
+    def ours(m, name, dtype=jnp.bfloat16, target=HOPPER):
+        return rule.tiling(m, LLAMA_8B[name], jnp.dtype(dtype), jnp.bfloat16, target)
+
+    taken = {name: [m for m in (1, 2, 8, 32, 64, 128, 256) if ours(m, name)] for name in LLAMA_8B}
+    assert taken == {
+        "qkv": [64, 128],
+        "o": [64, 128],
+        "gate_up": [2, 8, 128],
+        "down": [64],
+        "head": [2, 8, 128],
+    }
+    cuts = {(m, name): ours(m, name) for name, ms in taken.items() for m in ms}
+    shapes = {key: (cut.tile_n, cut.tile_k, cut.splits, cut.stages) for key, cut in cuts.items()}
+    assert shapes[8, "gate_up"] == (56, 256, 1, 5)
+    assert shapes[128, "gate_up"] == (112, 64, 1, 7)
+    assert shapes[64, "qkv"] == (48, 128, 1, 7)
+    assert shapes[128, "qkv"] == (48, 64, 1, 9)
+    assert shapes[64, "o"] == (32, 128, 1, 9)
+    assert shapes[128, "o"] == (32, 128, 1, 5)
+    assert shapes[64, "down"] == (64, 128, 2, 6)
+    for target in (CPU, Target(Backend.XLA, "gpu"), Target(Backend.MOSAIC_TPU, "tpu")):
+        assert ours(64, "o", target=target) is None
+    assert ours(64, "o", jnp.float32) is None
+    assert ours(64, "o", jnp.float16) is None
+
+
+@pytest.mark.parametrize("shape", [(896, 896), (4100, 4096), (4096, 4000), (2048, 8192)])
+def test_small_and_unaligned_matrices_stay_with_xla(shape):
+    dtype = jnp.dtype(jnp.bfloat16)
+    assert all(rule.tiling(m, shape, dtype, dtype, HOPPER) is None for m in (1, 8, 64, 128))
+
+
+def test_a_row_has_the_same_bits_whatever_the_others_are():
+    x, w = operands(40, 64, 256)
+    tiling = TILINGS["a tile of 56 rows"][3]
+    alone = dataclasses.replace(tiling, tile_n=32, stored=32)
+    whole = mosaic_gpu.matmul(x, w, alone, jnp.float32, interpret=True)
+    part = mosaic_gpu.matmul(x[:3], w, alone, jnp.float32, interpret=True)
+    np.testing.assert_array_equal(whole[:3], part)
