@@ -1,0 +1,52 @@
+"""The operations under measurement, found at run time so that a missing one is only a table row."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Operation = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Operations with the signatures of `lumen_kernels`; one that does not exist raises
+    NotImplementedError when called."""
+
+    decode: Operation
+    decode_schedule: Operation
+    prefill: Operation
+    kv_write: Operation
+    gather: Operation
+    scatter: Operation
+    copy: Operation
+    merge: Operation
+    matmul: Operation
+
+
+def lumen_operations() -> Operations:
+    """Those of this checkout."""
+    return Operations(
+        decode=_operation("paged_attention", "decode"),
+        decode_schedule=_operation("paged_attention", "decode_schedule"),
+        prefill=_operation("paged_attention", "prefill"),
+        kv_write=_operation("kv_write", "write"),
+        gather=_operation("block_copy", "gather"),
+        scatter=_operation("block_copy", "scatter"),
+        copy=_operation("block_copy", "copy"),
+        merge=_operation("attention_merge", "merge"),
+        matmul=_operation("matmul", "matmul"),
+    )
+
+
+def _operation(package: str, name: str) -> Operation:
+    try:
+        found: Operation = getattr(importlib.import_module(f"lumen_kernels.{package}"), name)
+    except (ImportError, AttributeError) as error:
+        problem = str(error)
+
+        def missing(*_: Any, **__: Any) -> Any:
+            raise NotImplementedError(f"lumen_kernels.{package}.{name} is missing: {problem}")
+
+        return missing
+    return found
