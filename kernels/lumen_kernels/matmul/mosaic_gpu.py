@@ -13,8 +13,11 @@ Blocks may start at different places of K and go round: side by side they read t
 x at once, from the few slices of the L2 cache that hold them. Neighbours in step read w better,
 though; `staggered` pays with long stages only.
 
-Blocks of a cluster exchange float32 partial sums through distributed shared memory; each adds one
-piece of the tile in the order of K and stores it. The order of every sum depends on the cut
+With many rows reading x over and over is what limits: `sharing` blocks of a cluster, each with its
+own tile, then load a part of x each and send it to all.
+
+The blocks that split K exchange float32 partial sums through distributed shared memory; each adds
+one piece of the tile in the order of K and stores it. The order of every sum depends on the cut
 only: a row's result has the same bits whatever the other rows are.
 """
 
@@ -59,18 +62,15 @@ class _Cut:
         return self.tiling.tile_n // self.tiling.splits
 
     @property
-    def tiles(self) -> int:
-        return -(-self.n // self.tiling.tile_n)
+    def groups(self) -> int:
+        """Tiles or, with shared x, sets of neighbouring tiles: what a cluster does in a round."""
+        return -(-self.n // (self.tiling.tile_n * self.tiling.sharing))
 
     @property
     def clusters(self) -> int:
         """As few as finish in the same number of rounds as all that fit."""
-        rounds = -(-self.tiles // self.tiling.clusters)
-        return -(-self.tiles // rounds)
-
-    @property
-    def several_tiles(self) -> bool:
-        return self.tiles > self.clusters
+        rounds = -(-self.groups // self.tiling.clusters)
+        return -(-self.groups // rounds)
 
     @property
     def unit(self) -> int:
@@ -91,6 +91,10 @@ class _Cut:
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
             "free": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         }
+        if t.sharing > 1 and not interpret:
+            scratch["free"] = plgpu.ClusterBarrier(
+                collective_axes=("share",), num_arrivals=t.warpgroups, num_barriers=t.stages
+            )
         if t.splits > 1:
             by_all = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
             scratch["read"] = by_all
@@ -117,7 +121,7 @@ def matmul(
     out: list[Any] = [jax.ShapeDtypeStruct((cut.m, cut.n), out_dtype)]
     if interpret and tiling.splits > 1:
         # The interpreter knows no distributed shared memory: the partial sums go through here.
-        lanes = (cut.clusters, tiling.splits, tiling.splits, tiling.warpgroups)
+        lanes = (cut.clusters, tiling.sharing, tiling.splits, tiling.splits, tiling.warpgroups)
         out.append(jax.ShapeDtypeStruct((*lanes, tiling.rows, cut.piece), jnp.float32))
 
     def body(x_ref: Any, w_ref: Any, out_ref: Any, *exchange: Any, **scratch: Any) -> None:
@@ -132,8 +136,8 @@ def matmul(
         scratch_types=cut.scratch(x.dtype, out_dtype, interpret),
         grid=(cut.clusters,),
         grid_names=("cluster",),
-        cluster=(tiling.splits,),
-        cluster_names=("split",),
+        cluster=(tiling.sharing, tiling.splits),
+        cluster_names=("share", "split"),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=128),
@@ -150,16 +154,18 @@ class _Block:
     def __init__(self, cut: _Cut, scratch: dict[str, Any], exchange: Any, interpret: bool) -> None:
         self.cut, self.tiling, self.interpret = cut, cut.tiling, interpret
         self.scratch, self.exchange = scratch, exchange
-        self.cluster, self.split = lax.axis_index("cluster"), lax.axis_index("split")
+        self.cluster = lax.axis_index("cluster")
+        self.share, self.split = lax.axis_index("share"), lax.axis_index("split")
         steps, splits = _i32(cut.steps), _i32(self.tiling.splits)
         self.first_step = lax.div(self.split * steps, splits)
         self.tile_steps = lax.div((self.split + _i32(1)) * steps, splits) - self.first_step
         every = _i32(cut.clusters)
-        self.tile_count = lax.div(_i32(cut.tiles - 1) - self.cluster, every) + _i32(1)
+        self.tile_count = lax.div(_i32(cut.groups - 1) - self.cluster, every) + _i32(1)
 
     def _first_unit(self, index: jax.Array) -> jax.Array:
         """Where this block's tile number `index` starts in w, in units; the last ones overlap."""
-        cut, tile = self.cut, self.cluster + index * _i32(self.cut.clusters)
+        cut, group = self.cut, self.cluster + index * _i32(self.cut.clusters)
+        tile = group * _i32(self.tiling.sharing) + self.share
         last = (cut.n - self.tiling.tile_n) // cut.unit
         return lax.min(tile * _i32(self.tiling.tile_n // cut.unit), _i32(last))
 
@@ -177,6 +183,7 @@ class _Block:
         if t.registers:
             plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
         # Rows past the end of x read as zeros; only a traced start may reach there.
+        shared = "share" if t.sharing > 1 and not self.interpret else None
         first_row = self.split * 0 if x_rows > x_ref.shape[0] else 0
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
@@ -189,15 +196,18 @@ class _Block:
                 pl.when(turn >= t.stages)(lambda: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(w_ref.at[rows, columns], scratch["w_ring"].at[slot], full)
                 x_tile = x_ref.at[pl.ds(first_row, x_rows), columns]
-                plgpu.copy_gmem_to_smem(x_tile, scratch["x_ring"].at[x_slot], full)
+                plgpu.copy_gmem_to_smem(
+                    x_tile, scratch["x_ring"].at[x_slot], full, collective_axes=shared
+                )
                 return turn + _i32(1)
 
             after: jax.Array = lax.fori_loop(_i32(0), self.tile_steps, step, turn)
             return after
 
         turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
-        if self.interpret:
-            # The interpreter wants every arrival awaited; the chip does not mind.
+        if self.interpret or shared:
+            # The interpreter wants every arrival awaited. The chip does not mind, but no block
+            # may end while another of its cluster still signals it.
             def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
                 plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, _i32(t.stages))])
                 return carry
@@ -263,7 +273,9 @@ class _Block:
         for target in range(self.tiling.splits):
             part = sums[:, target * piece : (target + 1) * piece]
             if self.interpret:
-                self.exchange.at[self.cluster, target, self.split, warpgroup][...] = part
+                self.exchange.at[self.cluster, self.share, target, self.split, warpgroup][...] = (
+                    part
+                )
             else:
                 plgpu.async_store_smem(
                     part,
@@ -285,7 +297,9 @@ class _Block:
             columns = pl.ds(at, size)
             part: jax.Array
             if self.interpret:
-                part = self.exchange[self.cluster, self.split, source, warpgroup, :, columns]
+                part = self.exchange[
+                    self.cluster, self.share, self.split, source, warpgroup, :, columns
+                ]
             else:
                 part = self.scratch["received"][source, warpgroup, :, columns]
             return part
