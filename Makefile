@@ -13,11 +13,16 @@ EXTRA ?=
 serve: $(VENV)/.installed-$(or $(EXTRA),base)
 	$(BIN)/lumen-serve $(FLAGS)
 
+# Kernels run in interpreters and ahead-of-time compilers, one core each: these go side by side.
+KERNEL_TESTS := tests/kernels tests/aot
+
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=2 $(KERNEL_TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(addprefix --ignore=,$(KERNEL_TESTS))
 
 test-all: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 $(KERNEL_TESTS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(KERNEL_TESTS))
 
 check: lint types
 
