@@ -111,8 +111,9 @@ def decode_schedule(
     """How a decode step's work is cut over the chip: the same for all layers of a step.
 
     lengths int32 [rows], as `decode` takes them; q, arena: arrays or shape structs like those of
-    the `decode` calls that it is for. None where the backend needs no such thing. Raises
-    KernelArgumentError.
+    the `decode` calls that it is for. None where the backend needs no such thing. Calls that
+    share a schedule run one behind the other, as layers do: a GPU counts in it and leaves it as
+    it was. Raises KernelArgumentError.
     """
     shape = arena_shape("decode_schedule", arena, q.shape[-1])
     like = q if q.ndim == 4 else jax.ShapeDtypeStruct((q.shape[0], 1, *q.shape[1:]), q.dtype)

@@ -68,11 +68,21 @@ class Programs:
 
 
 class ProgramBuilder:
-    """Describes every program a replica needs, ready to be lowered."""
+    """Describes every program a replica needs, ready to be lowered.
 
-    def __init__(self, shapes: ProgramShapes) -> None:
+    target: of the kernels; None: that of the mesh. platforms: to lower for, as JAX names them,
+    where they are not the mesh's: a mesh of CPUs stands in for GPUs that are not here.
+    """
+
+    def __init__(
+        self,
+        shapes: ProgramShapes,
+        target: Target | None = None,
+        platforms: tuple[str, ...] | None = None,
+    ) -> None:
         self._shapes = shapes
-        self._target = Target.of(list(shapes.mesh.devices.flat))
+        self._target = target or Target.of(list(shapes.mesh.devices.flat))
+        self._platforms = platforms
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
 
     def lowerings(
@@ -320,7 +330,9 @@ class ProgramBuilder:
             check_vma=False,
         )  # fmt: skip
         sharded.__name__ = function.__name__
-        return jax.jit(sharded, donate_argnums=donate).lower(*arguments)
+        traced = jax.jit(sharded, donate_argnums=donate).trace(*arguments)
+        lowered: jax.stages.Lowered = traced.lower(lowering_platforms=self._platforms)
+        return lowered
 
 
 def _sampling(packed: jax.Array) -> SamplingArrays:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from lumen_kernels.target import CPU
 
 from lumen.model import load_model
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
@@ -41,8 +42,8 @@ class Dense:
         def run(tokens, embedding, units, head):
             hidden = defs.embedding.merge(embedding)(tokens)
             for unit in units:
-                hidden, _ = defs.unit.merge(unit)(hidden, positions, None, attend)
-            return jax.nn.log_softmax(defs.head.merge(head)(hidden))
+                hidden, _ = defs.unit.merge(unit)(hidden, positions, None, attend, CPU)
+            return jax.nn.log_softmax(defs.head.merge(head)(hidden, CPU))
 
         model = self.model
         return np.asarray(run(jnp.asarray(tokens), model.embedding, model.units, model.head))

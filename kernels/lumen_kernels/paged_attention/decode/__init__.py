@@ -12,10 +12,6 @@ from lumen_kernels.paged_attention.options import Arena, Options
 from lumen_kernels.paged_attention.streams import in_order, write_at
 from lumen_kernels.target import Backend, Target
 
-# All layers of a program share one lowered kernel: each further one would take a second to lower,
-# and some seconds to compile, as the compiler does not see that it is the same.
-_attend_on_gpu = jax.jit(mosaic_gpu.attend, static_argnames=("shape", "options"))
-
 
 def attend_and_write(
     q: jax.Array,
@@ -44,7 +40,7 @@ def attend_and_write(
             tables, rows, positions.reshape(-1), layer_offset, options.target,
         )  # fmt: skip
     if backend is Backend.MOSAIC_GPU:
-        out, lse = _attend_on_gpu(
+        out, lse = mosaic_gpu.attend(
             q, arena, shape, tables, lengths, layer_offset, options, schedule=schedule
         )
         return out, lse, arena

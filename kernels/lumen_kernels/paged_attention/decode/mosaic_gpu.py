@@ -163,7 +163,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The kernel, and the merge of what it left in parts.
 
-    A jitted function of its own: a program of many layers traces and lowers it once.
+    A jitted function of its own: a program of many layers traces, lowers and compiles it once.
     """
     items = kernel.cut.rows * kernel.cut.kv_heads
     dim, f32 = kernel.head_dim, jnp.float32

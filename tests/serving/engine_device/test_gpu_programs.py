@@ -1,0 +1,53 @@
+"""Every program of a replica is lowered for Hopper GPUs, on a machine without one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from lumen_kernels.arena import slot_shape
+from lumen_kernels.target import HOPPER
+
+from lumen.model import model_defs
+from lumen.presets import preset
+from lumen.sharding import TENSOR_AXIS, HeadLayout
+from serving.engine.device.arena import ArenaLayout
+from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.programs import ProgramBuilder
+
+LAYERS = 4
+KERNEL = "custom_call @mosaic_gpu"
+
+
+def builder(tensor: int, head_dim: int, block_size: int) -> ProgramBuilder:
+    config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=LAYERS, head_dim=head_dim)
+    heads = HeadLayout(config.num_heads, config.num_kv_heads, tensor)
+    mesh = Mesh(np.array(jax.devices()[:tensor]), (TENSOR_AXIS,))
+    layout = ArenaLayout(
+        4096, LAYERS * heads.kv_per_device, heads.kv_per_device, block_size,
+        slot_shape(block_size, head_dim, HOPPER), jnp.bfloat16,
+    )  # fmt: skip
+    defs = model_defs(config, heads, jnp.bfloat16)
+    shapes = ProgramShapes(config, defs, mesh, jnp.bfloat16, layout, 64, 32, 5)
+    return ProgramBuilder(shapes, HOPPER, ("cuda",))
+
+
+@pytest.mark.parametrize(("tensor", "head_dim", "block_size"), [(1, 128, 64), (2, 64, 16)])
+def test_programs_lower_for_hopper(tensor: int, head_dim: int, block_size: int) -> None:
+    texts = {
+        key[:2]: lower().as_text()
+        for key, lower in builder(tensor, head_dim, block_size).lowerings([1, 64], [256]).items()
+        if key[0] != "zero_arena"
+    }
+    assert {kind for kind, _ in texts} >= {"decode_unit", "prefill_unit", "decode_embed", "head"}
+    for key, text in texts.items():
+        kernels = text.count(KERNEL)
+        if key[0] not in ("decode_unit", "prefill_unit"):
+            assert kernels == 0, key
+            continue
+        # The KV write and attention, one kernel each for all layers, and at most one matmul for
+        # each of the four shapes of matrices.
+        assert 2 <= kernels <= 6, key
+        assert "tf.aliasing_output" in text or "jax.buffer_donor" in text, key
