@@ -35,6 +35,7 @@ def decode(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     with_lse: bool = False,
+    batch_invariant: bool = False,
     schedule: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Arena]:
     """One or a few new tokens per sequence.
@@ -44,8 +45,9 @@ def decode(
     only read. arena: its segments. tables int32 [rows, blocks]: slot bases. lengths int32 [rows]:
     tokens in the context with the new ones, 0 for a padding row, which writes nothing. Token i of
     n stands at position lengths - n + i; where that is negative it is padding. Query head i
-    attends to KV head i // (query heads / kv heads). schedule: `decode_schedule` of the same
-    lengths, made once for all layers; without it each call makes its own.
+    attends to KV head i // (query heads / kv heads). batch_invariant: a row has the same bits in
+    any batch; XLA and TPUs keep that anyway. schedule: `decode_schedule` of the same lengths and
+    the same `batch_invariant`, made once for all layers; without it each call makes its own.
 
     Returns the output, shaped as q (zeros for padding); with_lse: the natural log-sum-exp of the
     scores, float32, shaped as q without head_dim (-inf for padding), else None; and the arena.
@@ -56,7 +58,7 @@ def decode(
     new_kv = (pair[0], pair[1])
     per_row = {"lengths": lengths}
     shape, heads = checked("decode", several, new_kv, arena, tables, per_row, kv_heads)
-    options = Options(heads, scale, sliding_window, soft_cap, with_lse, target)
+    options = Options(heads, scale, sliding_window, soft_cap, with_lse, target, batch_invariant)
     check_options("decode", options)
     out, lse, arena = _decode.attend_and_write(
         several, *new_kv, tuple(arena), shape, tables, lengths, layer_offset, options, schedule
@@ -107,6 +109,7 @@ def decode_schedule(
     kv_heads: int,
     target: Target,
     sliding_window: int | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array | None:
     """How a decode step's work is cut over the chip: the same for all layers of a step.
 
@@ -117,4 +120,4 @@ def decode_schedule(
     """
     shape = arena_shape("decode_schedule", arena, q.shape[-1])
     like = q if q.ndim == 4 else jax.ShapeDtypeStruct((q.shape[0], 1, *q.shape[1:]), q.dtype)
-    return _decode.schedule(lengths, like, shape, kv_heads, sliding_window, target)
+    return _decode.schedule(lengths, like, shape, kv_heads, sliding_window, target, batch_invariant)

@@ -22,7 +22,9 @@ class Options:
 
     kv_heads: of the device. scale: scores are q·k times it. sliding_window: a query at position p
     sees p - window + 1 .. p; None: all. soft_cap: scores become cap * tanh(score / cap); None:
-    they do not. with_lse: also return the natural log-sum-exp of the scores.
+    they do not. with_lse: also return the natural log-sum-exp of the scores. batch_invariant: sums
+    are made in an order that depends on the row's own length alone, so that a row has the same bits
+    in any batch; where that is so anyway it changes nothing.
     """
 
     kv_heads: int
@@ -31,6 +33,7 @@ class Options:
     soft_cap: float | None
     with_lse: bool
     target: Target
+    batch_invariant: bool = False
 
 
 def checked(

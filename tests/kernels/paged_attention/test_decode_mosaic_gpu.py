@@ -27,19 +27,17 @@ def options_of(case_heads: int, head_dim: int, **rest) -> Options:
 
 
 @functools.cache
-def compiled(shape: ArenaShape, options: Options, by_position: bool):
+def compiled(shape: ArenaShape, options: Options):
     return jax.jit(
-        lambda q, arena, *rest: mosaic_gpu.attend(
-            q, arena, shape, *rest, options, schedule=None, by_position=by_position
-        )
+        lambda q, arena, *rest: mosaic_gpu.attend(q, arena, shape, *rest, options, schedule=None)
     )
 
 
-def run(case: Case, q: np.ndarray, lengths: list[int], by_position: bool, **rest):
+def run(case: Case, q: np.ndarray, lengths: list[int], **rest):
     """Output and log-sum-exp as numpy arrays; the schedule is made inside."""
     options = options_of(case.kv_heads, case.head_dim, **rest)
     arena = tuple(jnp.asarray(part) for part in case.arena)
-    call = compiled(arena_shape("decode", arena, case.head_dim), options, by_position)
+    call = compiled(arena_shape("decode", arena, case.head_dim), options)
     out, lse = call(
         jnp.asarray(q.astype(ml_dtypes.bfloat16)), arena, jnp.asarray(case.tables),
         jnp.asarray(np.array(lengths, np.int32)), case.layer_offset,
@@ -47,11 +45,11 @@ def run(case: Case, q: np.ndarray, lengths: list[int], by_position: bool, **rest
     return np.asarray(out.astype(jnp.float32)), None if lse is None else np.asarray(lse)
 
 
-def check(case: Case, group: int, n: int = 1, by_position: bool = False, **rest) -> None:
+def check(case: Case, group: int, n: int = 1, **rest) -> None:
     """The last n tokens of every row attend to the row; compare with the oracle."""
     heads = case.kv_heads * group
     q = np.stack([case.draw(n, heads) for _ in case.lengths])
-    out, lse = run(case, q, case.lengths, by_position, **rest)
+    out, lse = run(case, q, case.lengths, **rest)
     for row, length in enumerate(case.lengths):
         for i in range(n):
             expected, expected_lse = case.dense(
@@ -85,7 +83,7 @@ def test_heads_of_256() -> None:
 @pytest.mark.parametrize("by_position", [False, True])
 def test_several_tokens_window_and_soft_cap(by_position: bool) -> None:
     case = bfloat16_case(np.random.default_rng(1), [2, 130, 0, 67, 250], 2)
-    check(case, 2, n=3, by_position=by_position, sliding_window=50, soft_cap=8.0)
+    check(case, 2, n=3, batch_invariant=by_position, sliding_window=50, soft_cap=8.0)
 
 
 def test_sixty_four_queries() -> None:
@@ -116,7 +114,7 @@ def test_sums_by_position_have_the_same_bits_in_any_batch() -> None:
     case = bfloat16_case(rng, [1100, 40, 300], 1, block_size=64)
     q = np.stack([case.draw(1, 4) for _ in case.lengths])
     found = [
-        run(case, q, lengths, by_position=True)
+        run(case, q, lengths, batch_invariant=True)
         for lengths in ([1100, 0, 0], [1100, 40, 0], [1100, 40, 300], [1100, 1, 70])
     ]
     for out, lse in found[1:]:
@@ -215,14 +213,10 @@ def lower(
         jax.ShapeDtypeStruct((heads * (1000 + i), *page), jnp.bfloat16) for i in range(segments)
     )
     shape = arena_shape("decode", arena, dim)
-    by_position = rest.pop("by_position", False)
     options = options_of(heads, dim, target=HOPPER, **rest)
 
     def call(q, arena, tables, lengths, offset):
-        return mosaic_gpu.attend(
-            q, arena, shape, tables, lengths, offset, options, schedule=None,
-            by_position=by_position,
-        )  # fmt: skip
+        return mosaic_gpu.attend(q, arena, shape, tables, lengths, offset, options, schedule=None)
 
     int32 = jnp.int32
     exported = jax.export.export(jax.jit(call), platforms=["cuda"])(
@@ -239,7 +233,7 @@ def lower(
     "case",
     [
         {"rows": 128, "heads": 8, "group": 4, "dim": 128, "block": 16},
-        {"rows": 1, "heads": 8, "group": 4, "dim": 128, "block": 64, "by_position": True},
+        {"rows": 1, "heads": 8, "group": 4, "dim": 128, "block": 64, "batch_invariant": True},
         {"rows": 8, "heads": 2, "group": 3, "dim": 64, "block": 32, "n": 2, "segments": 4},
         {"rows": 8, "heads": 8, "group": 1, "dim": 128, "block": 64},
         {"rows": 3, "heads": 1, "group": 16, "dim": 256, "block": 128, "n": 4,
@@ -257,7 +251,7 @@ def test_lowers_for_cuda(case: dict) -> None:
 def test_lowers_for_cuda_in_all_shapes(group: int, dim: int, block: int) -> None:
     n = 64 // group if group % 2 else 1
     lower(5, 3, group, dim, block)
-    lower(5, 3, group, dim, block, n=n, sliding_window=300, by_position=True, with_lse=False)
+    lower(5, 3, group, dim, block, n=n, sliding_window=300, batch_invariant=True, with_lse=False)
 
 
 @pytest.mark.slow
@@ -272,7 +266,7 @@ def test_random_cases(seed: int) -> None:
         segments=int(rng.choice([1, 2])),
     )  # fmt: skip
     check(
-        case, group, n=int(rng.choice([1, 2, 4])), by_position=bool(seed % 2),
+        case, group, n=int(rng.choice([1, 2, 4])), batch_invariant=bool(seed % 2),
         sliding_window=int(rng.integers(1, 400)) if seed % 3 else None,
         soft_cap=10.0 if seed % 4 == 1 else None,
     )  # fmt: skip

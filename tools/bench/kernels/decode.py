@@ -57,7 +57,8 @@ class _Programs:
 
 
 def cases(bench: Bench, pool: KvPool) -> list[Case]:
-    """Every batch with every context, then ragged ones, then some with the KV write."""
+    """Every batch with every context, then ragged ones; then some with the KV write, and some
+    summed in the order that gives a row the same bits in any batch."""
     sizes = bench.sizes
     made = functools.cache(functools.partial(_programs, bench, pool))
     found = []
@@ -75,6 +76,14 @@ def cases(bench: Bench, pool: KvPool) -> list[Case]:
         name = f"decode {batch} x {context} with KV write, page {pool.block_size}"
         lengths, programs = np.full(batch, context), made(batch, writes=True)
         found.append(_case(bench, pool, name, lengths, Bar("us"), programs, writes=True))
+    alike = {
+        f"{batch} x {sizes.contexts[0]}": (sizes.contexts[0],) * batch for batch in sizes.written
+    }
+    alike |= {title: drawn for title, drawn in sizes.ragged if len(drawn) in sizes.written}
+    for title, drawn in alike.items():
+        name = f"decode {title}, same bits in any batch, page {pool.block_size}"
+        programs = made(len(drawn), invariant=True)
+        found.append(_case(bench, pool, name, np.array(drawn), Bar("us"), programs))
     return found
 
 
@@ -104,18 +113,22 @@ def _case(
     return Case(name, work, bar, programs.existing, measure)
 
 
-def _programs(bench: Bench, pool: KvPool, batch: int, writes: bool = False) -> _Programs:
+def _programs(
+    bench: Bench, pool: KvPool, batch: int, writes: bool = False, invariant: bool = False
+) -> _Programs:
     model = pool.model
     state = state_struct((batch, model.query_heads, model.head_dim), pool)
 
     def scheduler(lengths: jax.Array) -> Any:
         return bench.operations.decode_schedule(
-            lengths, state.q, state.arena, kv_heads=model.kv_heads, target=bench.target
-        )
+            lengths, state.q, state.arena, kv_heads=model.kv_heads, target=bench.target,
+            batch_invariant=invariant,
+        )  # fmt: skip
 
     attend = functools.partial(
-        bench.operations.decode, target=bench.target, scale=model.scale, kv_heads=model.kv_heads
-    )
+        bench.operations.decode, target=bench.target, scale=model.scale, kv_heads=model.kv_heads,
+        batch_invariant=invariant,
+    )  # fmt: skip
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     columns = bench.sizes.longest // pool.block_size
     tables = jax.ShapeDtypeStruct((_TABLES, batch, columns), jnp.int32)
@@ -129,7 +142,7 @@ def _programs(bench: Bench, pool: KvPool, batch: int, writes: bool = False) -> _
         schedule = jax.eval_shape(scheduler, lengths)
     except Exception:
         schedule = None  # compiling the step meets the same error and keeps it for the table
-    if schedule is None or writes or batch not in bench.sizes.scheduled:
+    if schedule is None or writes or invariant or batch not in bench.sizes.scheduled:
         return _Programs(step, None)
     return _Programs(step, Program(_schedules(scheduler), lengths, (), _SCHEDULES))
 

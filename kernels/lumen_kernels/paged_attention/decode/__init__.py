@@ -63,13 +63,14 @@ def schedule(
     kv_heads: int,
     sliding_window: int | None,
     target: Target,
+    batch_invariant: bool,
 ) -> jax.Array | None:
     """`lumen_kernels.paged_attention.decode_schedule`; q: [rows, n, heads, head_dim]."""
     backend = _backend(q, shape, kv_heads, target)
     if backend is Backend.MOSAIC_GPU:
         return mosaic_gpu.schedule(
             lengths, kv_heads=kv_heads, head_dim=shape.head_dim, tokens=q.shape[1],
-            sliding_window=sliding_window, target=target,
+            sliding_window=sliding_window, target=target, by_position=batch_invariant,
         )  # fmt: skip
     if backend is Backend.MOSAIC_TPU:
         return mosaic_tpu.schedule(lengths, kv_heads, target)

@@ -92,7 +92,6 @@ def attend(
     options: Options,
     *,
     schedule: jax.Array | None,
-    by_position: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of the last tokens of each row over the arena, which holds them already.
 
@@ -103,7 +102,9 @@ def attend(
     rows, tokens, heads, head_dim = q.shape
     kv_heads, target = options.kv_heads, options.target
     group = heads // kv_heads
-    cut = _cut(rows, kv_heads, head_dim, tokens, options.sliding_window, target, by_position)
+    cut = _cut(
+        rows, kv_heads, head_dim, tokens, options.sliding_window, target, options.batch_invariant
+    )
     if schedule is None:
         schedule = plan.schedule(lengths, cut)
     expected = (cut.workers + rows, plan.COLUMNS)
