@@ -38,8 +38,8 @@ NEXT_ROW, NEXT_LENGTH, NEXT_CHUNK = range(3)
 _GRAINS = (64, 32, 16, 8, 4, 2, 1)  # candidate distances between cuts inside an item, in tiles
 _CHUNKS = 16  # an item has that many chunks, up to one less than twice as many
 
-# What cutting costs. On one H200, 256 workers of equal runs are as fast as 264 with cuts (3 %),
-# and a merge adds about 2 us and 1 us for every 6 parts, where a tile takes 1 to 2 us.
+# What cutting costs: judged from the timings of prototypes, not fitted. A merge is taken for about
+# 2 us and 1 us for every 6 parts, where a tile takes 1 to 2 us.
 _CUT_SHARE = 0.03
 _CUT_TILES = 2.0
 _PARTS_PER_TILE = 6
