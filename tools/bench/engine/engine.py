@@ -1,0 +1,246 @@
+"""Engines to measure: what every one offers, and the one that runs in this process."""
+
+import gc
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from lumen.model_spec import resolve_model
+from serving.engine.config import EngineConfig
+from serving.engine.core import EngineCore
+from serving.engine.device import DeviceExecutorConfig, build_device_executor
+from serving.engine.events import AddRequest
+from serving.engine.executor import Executor
+from serving.engine.loop import LoopPorts, ReplicaThread
+from serving.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
+from serving.policy.snapshot import ReplicaLoad
+from tools.bench.engine.step_clock import StepClock, StepTime
+from tools.bench.engine.works import Job
+
+_STOP_S = 30.0
+
+
+class EngineError(Exception):
+    """The engine failed, or answered something else than what it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What jobs that came all at once took.
+
+    seconds: from the first request handed over to the last token received. steps: of the loop
+    that ran them; empty where it is in another process.
+    """
+
+    seconds: float
+    output_tokens: int
+    steps: Sequence[StepTime]
+
+
+class Engine(Protocol):
+    """Something that generates: in this process, or behind a gateway."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids prompts may have."""
+        ...
+
+    @property
+    def max_requests(self) -> int:
+        """Requests it runs side by side."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of prompt and output of one request."""
+        ...
+
+    def generate(self, jobs: Sequence[Job]) -> Run:
+        """Run jobs that come all at once. Raises EngineError unless every token came."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """The engine in this process: model and dtype, the executor's and the loop's settings.
+
+    Names are those of `DeviceExecutorConfig` and `EngineConfig`. num_blocks: None: what
+    memory_fraction of the device's memory leaves. step_tokens: None: every row and a whole chunk.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    num_rows: int
+    block_size: int
+    prefill_buckets: tuple[int, ...]
+    max_prefills: int
+    memory_fraction: float
+    num_blocks: int | None
+    step_tokens: int | None
+    decode_steps: int
+    pipeline_depth: int
+    compile_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An executor that is ready, and what it took: until the weights were there, in all."""
+
+    executor: Executor
+    kv_tokens: int
+    weights_s: float
+    seconds: float
+
+
+def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
+    """Start the backend, load, allocate, compile: everything but imports.
+
+    cache_dir: of compiled programs. Raises ConfigurationError or LumenError.
+    """
+    started = time.perf_counter()
+    weights_s = 0.0
+
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal weights_s
+        if name == "weights":
+            weights_s = time.perf_counter() - started
+
+    config = DeviceExecutorConfig(
+        max_model_len=settings.max_model_len,
+        num_rows=settings.num_rows,
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks,
+        memory_fraction=settings.memory_fraction,
+        max_prefill_tokens=settings.prefill_buckets[-1],
+        max_prefills=settings.max_prefills,
+        prefill_buckets=settings.prefill_buckets,
+        dtype=settings.dtype,
+        compile_threads=settings.compile_threads,
+        cache_dir=cache_dir,
+    )
+    source = resolve_model(settings.model).source
+    executor = build_device_executor(source, jax.devices()[:1], config, progress)
+    limits = executor.limits
+    return Built(
+        executor,
+        limits.num_blocks * limits.block_size,
+        weights_s,
+        time.perf_counter() - started,
+    )
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A run under way. Written by the loop's thread, read when `done` is set."""
+
+    jobs: int
+    tokens: Counter[str] = field(default_factory=Counter)
+    ends: dict[str, RequestOutput] = field(default_factory=dict)
+    ended_at: float = 0.0
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class InProcessEngine:
+    """A replica's own loop on a thread of its own, as in a worker, without a network.
+
+    The prefix cache is off: every prompt is computed. `clock` sees every step.
+    """
+
+    def __init__(self, executor: Executor, settings: EngineSettings) -> None:
+        self.clock = StepClock(executor)
+        self._limits = executor.limits
+        config = EngineConfig(
+            pipeline_depth=settings.pipeline_depth,
+            decode_steps=settings.decode_steps,
+            max_step_tokens=settings.step_tokens,
+            prefix_caching=False,
+        )
+        core = EngineCore(executor.limits, config)
+        ports = LoopPorts(core, self.clock, self._publish, time.monotonic)
+        self._thread = ReplicaThread(ports, self._failed)
+        self._runs = 0
+        self._pending: _Pending | None = None
+        self._failure = ""
+        gc.collect()
+        gc.freeze()  # as a worker does
+        self._thread.start()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids prompts may have."""
+        return self._limits.vocab_size
+
+    @property
+    def max_requests(self) -> int:
+        """Rows of the batch."""
+        return self._limits.num_rows
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of prompt and output of one request."""
+        return self._limits.max_model_len
+
+    def generate(self, jobs: Sequence[Job]) -> Run:
+        """Run jobs that come all at once, greedily. Raises EngineError unless every token came."""
+        if self._failure:
+            raise EngineError(f"The engine failed earlier: {self._failure}")
+        self._runs += 1
+        requests = [
+            EngineRequest(
+                f"{self._runs}-{number}", 1, job.prompt,
+                SamplingParams(temperature=0.0, max_tokens=job.output_tokens, ignore_eos=True),
+            )
+            for number, job in enumerate(jobs)
+        ]  # fmt: skip
+        self.clock.steps = []
+        pending = self._pending = _Pending(len(jobs))
+        started = time.perf_counter()
+        for request in requests:
+            self._thread.post(AddRequest(request))
+        pending.done.wait()
+        if self._failure:
+            raise EngineError(f"The engine failed: {self._failure}")
+        for request, job in zip(requests, jobs, strict=True):
+            _check(request.request_id, job, pending)
+        return Run(pending.ended_at - started, pending.tokens.total(), self.clock.steps)
+
+    def close(self) -> None:
+        """Stop the loop."""
+        self._thread.stop()
+        self._thread.join(_STOP_S)
+
+    def _publish(self, outputs: tuple[RequestOutput, ...], load: ReplicaLoad) -> None:
+        pending = self._pending
+        if pending is None:
+            return
+        for output in outputs:
+            pending.tokens[output.request_id] += len(output.tokens)
+            if output.finish is not None:
+                pending.ends[output.request_id] = output
+        if len(pending.ends) == pending.jobs:
+            pending.ended_at = time.perf_counter()
+            self._pending = None
+            pending.done.set()
+
+    def _failed(self, reason: str) -> None:
+        self._failure = reason
+        if self._pending is not None:
+            self._pending.done.set()
+
+
+def _check(request_id: str, job: Job, pending: _Pending) -> None:
+    end = pending.ends[request_id]
+    if end.finish is not FinishReason.LENGTH:
+        raise EngineError(f"Request {request_id} ended as {end.finish}: {end.detail}")
+    if pending.tokens[request_id] != job.output_tokens:
+        raise EngineError(
+            f"Request {request_id} brought {pending.tokens[request_id]} tokens, not "
+            f"{job.output_tokens}."
+        )

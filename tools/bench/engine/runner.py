@@ -1,0 +1,165 @@
+"""Starts the engine, cold and warm, and takes it through the works."""
+
+import contextlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+
+from tools.bench.engine import bars
+from tools.bench.engine.engine import EngineError, EngineSettings, InProcessEngine, build
+from tools.bench.engine.measurements import WORKS, Bench, warm_up
+from tools.bench.engine.report import line, measured, not_measured
+from tools.bench.engine.start_up import StartUp, start
+from tools.bench.engine.works import FULL, SMOKE
+from tools.bench.summary import Row
+
+START = "start"
+WORK_NAMES = (START, *WORKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """works: names out of WORK_NAMES. reps: runs of each. starts: processes started for each of
+    the cold and the warm start. command: that starts one, with all its flags. cache_dir: of
+    compiled programs, for the engine measured; None: one that is thrown away. profile_dir: where
+    profiles are kept."""
+
+    settings: EngineSettings
+    works: tuple[str, ...] = WORK_NAMES
+    reps: int = 3
+    starts: int = 1
+    smoke: bool = False
+    command: Sequence[str] = ()
+    cache_dir: Path | None = None
+    profile_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.works:
+            if name not in WORK_NAMES:
+                raise ValueError(f"--works={name}: no such work; there are {list(WORK_NAMES)}.")
+        if not self.works:
+            raise ValueError("--works must name something.")
+        if self.reps < 1 or self.starts < 1:
+            raise ValueError("--reps and --starts must be at least 1.")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """rows: all of them. failures: works that broke, one line each. facts: of the engine."""
+
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def add(self, one: Row) -> None:
+        """Keep a row and tell of it."""
+        self.rows.append(one)
+        print(line(one), flush=True)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Keep a failure and tell of it."""
+        first = next(iter(str(error).splitlines()), "")
+        self.failures.append(f"{name}: {type(error).__name__}: {first}")
+        self.add(not_measured(name, "", f"failed: {type(error).__name__}: {first}"))
+        traceback.print_exception(error, file=sys.stdout)
+
+
+def run(options: Options) -> Outcome:
+    """Measure on JAX's first device, printing as it goes. An interrupt ends it with what it has.
+
+    Starts are measured first: their processes need the device, which this one takes later.
+    """
+    outcome = Outcome()
+    barred = (
+        not options.smoke
+        and options.settings.model == bars.MODEL
+        and options.settings.dtype == "bfloat16"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if START in options.works:
+                _starts(options, Path(scratch), barred, outcome)
+            if any(name in WORKS for name in options.works):
+                cache = options.cache_dir or _start_cache(Path(scratch), 0)
+                _works(options, cache, barred, outcome)
+    except KeyboardInterrupt:
+        outcome.failures.append("interrupted: what follows was not measured")
+    return outcome
+
+
+def _starts(options: Options, scratch: Path, barred: bool, outcome: Outcome) -> None:
+    try:
+        cold, warm = [], []
+        for number in range(options.starts):
+            folder = _start_cache(scratch, number)
+            cold.append(start(options.command, folder))
+            warm.append(start(options.command, folder))
+    except EngineError as error:
+        outcome.fail("start to ready", error)
+        return
+    for name, found, bar in (("cold", cold, bars.COLD_START), ("warm", warm, bars.WARM_START)):
+        outcome.add(_start_row(f"start to ready, {name} compile cache", found, barred, bar))
+    outcome.add(_capacity_row(cold[0].kv_tokens, barred))
+
+
+def _start_cache(scratch: Path, number: int) -> Path:
+    """Compiled programs of a cold start; the engine measured then starts from the first ones."""
+    return scratch / f"start-{number}"
+
+
+def _start_row(name: str, found: Sequence[StartUp], barred: bool, bar: bars.Bar) -> Row:
+    return measured(
+        name, "s", [one.seconds for one in found], bar if barred else bars.NONE,
+        f"weights there after {min(one.weights_s for one in found):.1f} s; imports apart",
+        weights_s=[one.weights_s for one in found],
+    )  # fmt: skip
+
+
+def _capacity_row(tokens: int, barred: bool) -> Row:
+    bar = bars.KV_CAPACITY if barred else bars.NONE
+    return measured("KV capacity", "tokens", [tokens], bar)
+
+
+def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> None:
+    with _engine(options, cache, outcome) as engine:
+        if all(one["name"] != "KV capacity" for one in outcome.rows):
+            tokens = outcome.facts["kv_tokens"]
+            assert isinstance(tokens, int)
+            outcome.add(_capacity_row(tokens, barred))
+        sizes = SMOKE if options.smoke else FULL
+        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir)
+        warm_up(bench)
+        for name in options.works:
+            if name not in WORKS:
+                continue
+            try:
+                for one in WORKS[name](bench):
+                    outcome.add(one)
+            except EngineError as error:  # the engine is gone: so is the rest
+                outcome.fail(f"({name})", error)
+                return
+
+
+@contextlib.contextmanager
+def _engine(options: Options, cache: Path, outcome: Outcome) -> Iterator[InProcessEngine]:
+    built = build(options.settings, cache)
+    device = jax.devices()[0]
+    memory = device.memory_stats() or {}
+    outcome.facts.update(
+        device=device.device_kind,
+        kv_tokens=built.kv_tokens,
+        this_start_s=round(built.seconds, 2),
+        peak_bytes_after_start=memory.get("peak_bytes_in_use"),
+        engine=asdict(options.settings),
+    )
+    print(f"Ready after {built.seconds:.1f} s: {built.kv_tokens} tokens of KV", flush=True)
+    engine = InProcessEngine(built.executor, options.settings)
+    try:
+        yield engine
+    finally:
+        engine.close()
