@@ -60,10 +60,16 @@ def compile_all(
     threads: int,
     progress: Callable[[str], None],
 ) -> dict[str, Compiled]:
-    """Lower and compile programs, several at a time; progress is told each name when it is done."""
+    """Lower programs one after another and compile several at a time.
+
+    progress is told each name when it is done. Lowering is Python: if all threads did it at once,
+    the first would be done, and a compiler busy, as late as the last. (37 programs of the 8B shape
+    on 16 cores and one H200: 22 of 35 s went by before the first unit began to compile.)
+    """
     compiled: dict[str, Compiled] = {}
+    lowering = threading.Lock()
     with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
-        waiting = {pool.submit(_compile, lower): name for name, lower in programs.items()}
+        waiting = {pool.submit(_compile, lower, lowering): name for name, lower in programs.items()}
         try:
             for future in as_completed(waiting):
                 compiled[waiting[future]] = future.result()
@@ -75,8 +81,10 @@ def compile_all(
     return compiled
 
 
-def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-    return lower().compile()
+def _compile(lower: Callable[[], jax.stages.Lowered], lowering: threading.Lock) -> Compiled:
+    with lowering:
+        lowered = lower()
+    return lowered.compile()
 
 
 @contextlib.contextmanager
