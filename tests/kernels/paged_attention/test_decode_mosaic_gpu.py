@@ -1,6 +1,7 @@
 """The Hopper decode kernel in its interpreter, against dense attention in float64."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -113,13 +114,49 @@ def test_sums_by_position_have_the_same_bits_in_any_batch() -> None:
     rng = np.random.default_rng(5)
     case = bfloat16_case(rng, [1100, 40, 300], 1, block_size=64)
     q = np.stack([case.draw(1, 4) for _ in case.lengths])
-    found = [
-        run(case, q, lengths, batch_invariant=True)
-        for lengths in ([1100, 0, 0], [1100, 40, 0], [1100, 40, 300], [1100, 1, 70])
+    others = [[1100, 40, 0], [1100, 40, 300], [1100, 1, 70]]
+
+    def same(by_position: bool) -> list[bool]:
+        """Whether the first row has the bits it has alone, by batch."""
+        out, lse = run(case, q, [1100, 0, 0], batch_invariant=by_position)
+        found = [run(case, q, lengths, batch_invariant=by_position) for lengths in others]
+        return [bool((o[0] == out[0]).all() and (e[0] == lse[0]).all()) for o, e in found]
+
+    assert all(same(by_position=True))
+    assert not all(same(by_position=False))  # these batches can tell
+
+
+def equations(jaxpr) -> Iterator:
+    """All of a jaxpr and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_the_merge_computes_with_vectors() -> None:
+    """Mosaic contracts their products and sums, not those of scalars: other bits on a chip only."""
+    case = bfloat16_case(np.random.default_rng(9), [20, 30], 1, block_size=64)
+    options = options_of(1, 128, target=HOPPER, batch_invariant=True)
+    shape = arena_shape("decode", case.arena, 128)
+
+    def call(q, arena, *rest):
+        return mosaic_gpu.attend(q, arena, shape, *rest, options, schedule=None)
+
+    q, lengths = jnp.zeros((2, 1, 4, 128), jnp.bfloat16), jnp.array([20, 30], jnp.int32)
+    traced = jax.make_jaxpr(call)(q, case.arena, case.tables, lengths, case.layer_offset)
+    rounding = {"add", "sub", "mul", "div", "exp2", "log2"}
+    shapes = [
+        out.aval.shape
+        for equation in equations(traced.jaxpr)
+        if equation.primitive.name in rounding
+        for out in equation.outvars
+        if jnp.issubdtype(out.aval.dtype, jnp.floating)
     ]
-    for out, lse in found[1:]:
-        np.testing.assert_array_equal(out[0], found[0][0][0])
-        np.testing.assert_array_equal(lse[0], found[0][1][0])
+    assert len(shapes) > 20
+    assert () not in shapes
 
 
 def walk(table: np.ndarray, cut: plan.Cut, lengths: list[int]) -> None:

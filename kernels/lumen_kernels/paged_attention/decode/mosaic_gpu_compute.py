@@ -128,7 +128,7 @@ def compute(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> Non
             r.out.at[pl.ds(index * _I32(kernel.queries), kernel.queries)],
         )
         if r.lse is not None:
-            value = (best * c + jnp.log2(mass)) * (1 / LOG2E)
+            value = merging.log_sum_exp(best, mass, c)
             if tokens > 1:
                 value = jnp.where(best > NOTHING / 2, value, -jnp.inf)
             r.lse.at[index][...] = value
@@ -155,7 +155,8 @@ def compute(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> Non
             if kernel.soft_cap is not None:
                 # tanh from one exponential: the hardware's own tanh has 11 bits only.
                 power = jnp.exp2(scores * (2 * LOG2E * kernel.scale / kernel.soft_cap))
-                scores = kernel.soft_cap - (2 * kernel.soft_cap) / (1.0 + power)
+                root = lax.rsqrt(1.0 + power)
+                scores = kernel.soft_cap * (1.0 - 2.0 * (root * root))
             scores = lax.cond(edge, lambda s: masked(s, length, j), lambda s: s, scores)
             higher = jnp.maximum(best, jnp.max(scores, axis=1))
             shrink = jnp.exp2((best - higher) * c)
@@ -240,10 +241,11 @@ def compute(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> Non
             merging.fold_parts(
                 merging.Parts(r.part, r.stats),
                 r.out,
-                r.lse,
                 r.schedule,
                 worker,
                 queries=kernel.queries,
                 exponent=c,
                 together=4,
             )
+            if r.lse is not None:
+                merging.fold_lse(r.stats, r.lse, r.schedule, worker, exponent=c)

@@ -4,8 +4,13 @@ The worker that began an item merges it, as the last thing it does: it waits for
 leave their parts as the first thing they do, and so never wait themselves. The counters for that
 are in the schedule; they are zero again when the kernel ends. The interpreter knows no such
 counters: there, the merge is a kernel of its own.
+
+All arithmetic here is on vectors. Mosaic contracts their products and sums into fused multiply-adds
+and leaves those of scalars alone: folded as scalars, statistics would have other bits than those
+that a worker folds itself, seen on an H200.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +43,8 @@ def fold_rows(
     """Fold two maxima and masses: the new ones, whether the other's is larger, and the weight of
     the smaller one.
 
-    Written so that there is one way to contract it into fused multiply-adds: folding in the
-    kernel or in the merge gives the same bits.
+    Written so that there is one way to contract it: folding in the kernel or in the merge gives
+    the same bits.
     """
     more = other > best
     higher = jnp.maximum(best, other)
@@ -51,6 +56,11 @@ def fold_rows(
 def fold_sums(acc: jax.Array, sums: jax.Array, more: jax.Array, weight: jax.Array) -> jax.Array:
     """Fold two sums as `fold_rows` says."""
     return jnp.where(more, acc, sums) * weight + jnp.where(more, sums, acc)
+
+
+def log_sum_exp(best: jax.Array, mass: jax.Array, exponent: float) -> jax.Array:
+    """In natural units; whatever where nothing is seen."""
+    return (best * exponent + jnp.log2(mass)) * (1 / LOG2E)
 
 
 def merge(
@@ -70,17 +80,22 @@ def merge(
 
     def body(sums: Any, stats: Any, schedule: Any, out: Any, lse: Any = None) -> None:
         worker = lax.axis_index("worker").astype(_I32)
+        warpgroup = lax.axis_index("warpgroup").astype(_I32)
         fold_parts(
             Parts(sums, stats),
             out,
-            lse,
             schedule,
             worker,
             queries=queries,
             exponent=exponent,
-            thread=lax.axis_index("warpgroup").astype(_I32),
+            thread=warpgroup,
             threads=4,
         )
+        if lse is not None:
+
+            @pl.when(warpgroup == 0)
+            def _() -> None:
+                fold_lse(stats, lse, schedule, worker, exponent=exponent)
 
     plgpu.kernel(
         body,
@@ -99,7 +114,6 @@ def merge(
 def fold_parts(
     parts: Parts,
     out: Any,
-    lse: Any,
     schedule: Any,
     worker: jax.Array,
     *,
@@ -123,60 +137,92 @@ def fold_parts(
 
     def spread(values: list[jax.Array]) -> jax.Array:
         """One number per row."""
+        spread: jax.Array
         if rows == 1:
-            return lax.broadcast_in_dim(values[0], shape, [])
+            spread = plgpu.layout_cast(lax.broadcast_in_dim(values[0], shape, []), layout)
+            return spread
         row = plgpu.broadcasted_iota(_I32, shape, 0, layout=layout)
         spread = jnp.where(row == 0, values[0], values[1])
         for index in range(2, rows):
             spread = jnp.where(row == index, values[index], spread)
         return spread
 
+    def constant(value: float) -> Any:
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
     def do(index: jax.Array, carry: None) -> None:
         row = (_I32(thread) + index * _I32(threads)) * _I32(rows)
 
-        def fold(block: jax.Array, state: Any) -> Any:
-            loaded = []
-            for ahead in range(_AHEAD):
-                number = block * _AHEAD + ahead
-                part = first + jnp.minimum(number, count - 1)
-                sums = plgpu.load(parts.sums.at[part, pl.ds(row, rows)], layout=layout)
-                best = [parts.stats[part, 0, offset + row + i] for i in range(rows)]
-                mass = [parts.stats[part, 1, offset + row + i] for i in range(rows)]
-                best = [jnp.where(number < count, b, NOTHING) for b in best]
-                loaded.append((best, mass, sums))
-            best, mass, acc = state
-            for other, others, sums in loaded:
-                pairs = [
-                    fold_rows(a, b, m, o, exponent)
-                    for a, b, m, o in zip(best, other, mass, others, strict=True)
-                ]
-                more, weight = ([p[i] for p in pairs] for i in (2, 3))
-                acc = fold_sums(acc, sums, spread(more), spread(weight))
-                best, mass = ([p[i] for p in pairs] for i in (0, 1))
-            return best, mass, acc
+        def load(number: jax.Array) -> tuple[list[jax.Array], list[jax.Array], jax.Array]:
+            part = first + jnp.minimum(number, count - 1)
+            sums = plgpu.load(parts.sums.at[part, pl.ds(row, rows)], layout=layout)
+            best = [parts.stats[part, 0, offset + row + i] for i in range(rows)]
+            mass = [parts.stats[part, 1, offset + row + i] for i in range(rows)]
+            return [jnp.where(number < count, b, NOTHING) for b in best], mass, sums
 
-        start = (
-            [jnp.float32(NOTHING)] * rows,
-            [jnp.float32(0)] * rows,
-            plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout),
-        )
-        blocks = lax.div(count + _I32(_AHEAD - 1), _I32(_AHEAD))
-        best, mass, acc = lax.fori_loop(_I32(0), blocks, fold, start)
-        seen = [b > NOTHING / 2 for b in best]
-        share = [jnp.where(s, 1.0 / m, 0.0) for s, m in zip(seen, mass, strict=True)]
-        out.at[pl.ds(item * _I32(queries) + row, rows)][...] = (acc * spread(share)).astype(
-            out.dtype
-        )
-        if lse is not None:
-            for i in range(rows):
-                value = (best[i] * exponent + jnp.log2(mass[i])) * (1 / LOG2E)
-                lse[item, offset + row + i] = jnp.where(seen[i], value, -jnp.inf)
+        def fold(state: Any, part: Any) -> Any:
+            (best, mass, acc), (other, others, sums) = state, part
+            best, mass, more, weight = fold_rows(
+                best, spread(other), mass, spread(others), exponent
+            )
+            return best, mass, fold_sums(acc, sums, more, weight)
 
-    # A masked partial result beyond the last one counts nothing: its maximum is NOTHING, and so
-    # is that of rows that see nothing; both differ from any score by more than exp2 can hold.
+        start = constant(NOTHING), constant(0.0), constant(0.0)
+        best, mass, acc = _fold_all(count, load, fold, start)
+        share = jnp.where(best > NOTHING / 2, 1.0 / mass, 0.0)
+        out.at[pl.ds(item * _I32(queries) + row, rows)][...] = (acc * share).astype(out.dtype)
+
     chunks = queries // rows
     mine = lax.div(_I32(chunks + threads - 1) - _I32(thread), _I32(threads))
     lax.fori_loop(_I32(0), jnp.where(count > 0, mine, 0), do, None)
+
+
+def fold_lse(stats: Any, lse: Any, schedule: Any, worker: jax.Array, *, exponent: float) -> None:
+    """Fold the statistics of the item that this worker merges into its log-sum-exp.
+
+    stats: as in `Parts`. In the registers, and so with the operations, of an item that is not cut.
+    """
+    first, count = schedule[worker, plan.MERGE_PART], schedule[worker, plan.MERGE_PARTS]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+
+    def load(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        part = first + jnp.minimum(number, count - 1)
+        pair = (stats.at[part, i] for i in range(2))
+        best, mass = (plgpu.load(x, layout=layout, optimized=False) for x in pair)
+        return jnp.minimum(best, jnp.where(number < count, jnp.inf, NOTHING)), mass
+
+    def fold(state: Any, part: Any) -> Any:
+        return fold_rows(state[0], part[0], state[1], part[1], exponent)[:2]
+
+    def constant(value: float) -> Any:
+        return plgpu.layout_cast(jnp.full((64,), value, jnp.float32), layout)
+
+    @pl.when(count > 0)
+    def _() -> None:
+        best, mass = _fold_all(count, load, fold, (constant(NOTHING), constant(0.0)))
+        value = log_sum_exp(best, mass, exponent)
+        value = jnp.where(best > NOTHING / 2, value, -jnp.inf)
+        lse.at[schedule[worker, plan.MERGE_ITEM]][...] = value
+
+
+def _fold_all(
+    count: jax.Array,
+    load: Callable[[jax.Array], Any],
+    fold: Callable[[Any, Any], Any],
+    state: Any,
+) -> Any:
+    """state = fold(state, load(number)) for numbers below `count`, some loads at a time.
+
+    Numbers beyond are loaded and folded too. Their maximum is to be NOTHING, and so is that of rows
+    that see nothing; both differ from any score by more than exp2 can hold, and so count nothing.
+    """
+
+    def block(index: jax.Array, state: Any) -> Any:
+        for part in [load(index * _AHEAD + ahead) for ahead in range(_AHEAD)]:
+            state = fold(state, part)
+        return state
+
+    return lax.fori_loop(_I32(0), lax.div(count + _I32(_AHEAD - 1), _I32(_AHEAD)), block, state)
 
 
 def signal(counter: Any) -> None:
