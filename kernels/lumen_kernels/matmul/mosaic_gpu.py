@@ -14,11 +14,15 @@ x at once, from the few slices of the L2 cache that hold them. Neighbours in ste
 though; `staggered` pays with long stages only.
 
 With many rows reading x over and over is what limits: `sharing` blocks of a cluster, each with its
-own tile, then load a part of x each and send it to all.
+own tile, then load a part of x each and send it to all. In the same way `row_blocks` blocks of a
+cluster multiply one tile with different rows of x, and each sends a part of the tile to all.
 
 The blocks that split K exchange float32 partial sums through distributed shared memory; each adds
 one piece of the tile in the order of K and stores it. The order of every sum depends on the cut
 only: a row's result has the same bits whatever the other rows are.
+
+A gated product takes half of each tile from the gate's rows of w and half from the rows of up that
+belong to them: one block then has both sums of a result, and stores silu(gate) * up.
 """
 
 import math
@@ -45,6 +49,20 @@ class _Cut:
     n: int
     k: int
     tiling: Tiling
+    gated: bool
+
+    def __post_init__(self) -> None:
+        assert self.tiling.splits == 1 or not self.gated, "a piece has no gate and up of its own"
+
+    @property
+    def width(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def tile_width(self) -> int:
+        """Columns of the result in a tile."""
+        return self.tiling.tile_n // 2 if self.gated else self.tiling.tile_n
 
     @property
     def steps(self) -> int:
@@ -54,17 +72,17 @@ class _Cut:
     @property
     def loaded_rows(self) -> int:
         """Rows of x in a stage."""
-        return self.tiling.padded_rows if self.m > 64 else _up(self.m, 8)
+        return self.tiling.block_rows if self.m > 64 else _up(self.m, 8)
 
     @property
     def piece(self) -> int:
         """Columns of the result one block adds and stores per tile."""
-        return self.tiling.tile_n // self.tiling.splits
+        return self.tile_width // self.tiling.splits
 
     @property
     def groups(self) -> int:
         """Tiles or, with shared x, sets of neighbouring tiles: what a cluster does in a round."""
-        return -(-self.n // (self.tiling.tile_n * self.tiling.sharing))
+        return -(-self.width // (self.tile_width * self.tiling.sharing))
 
     @property
     def clusters(self) -> int:
@@ -75,25 +93,31 @@ class _Cut:
     @property
     def unit(self) -> int:
         """Every tile and every piece starts at a multiple of it."""
-        return math.gcd(self.n, self.tiling.tile_n, self.tiling.stored)
+        return math.gcd(self.width, self.tile_width, self.tiling.stored)
+
+    @property
+    def parts(self) -> int:
+        """Copies that bring a tile of w: one or, gated, two."""
+        return 2 if self.gated else 1
 
     def scratch(self, x_dtype: Any, out_dtype: Any, interpret: bool) -> dict[str, Any]:
         """Rings, staging buffers and barriers."""
         t, rows = self.tiling, self.tiling.rows
         operand = _swizzled(64, 2)
-        window = t.padded_rows - self.loaded_rows
-        scratch = {
+        window = t.block_rows - self.loaded_rows
+        scratch: dict[str, Any] = {
             "x_ring": plgpu.SMEM(
                 (t.stages * self.loaded_rows + window, t.tile_k), x_dtype, transforms=operand
             ),
             "w_ring": plgpu.SMEM((t.stages, t.tile_n, t.tile_k), x_dtype, transforms=operand),
             "staging": plgpu.SMEM((t.warpgroups, rows, t.stored), out_dtype),
-            "full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
+            "full": plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=t.stages),
             "free": plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=t.stages),
         }
-        if t.sharing > 1 and not interpret:
+        if t.sharing * t.row_blocks > 1 and not interpret:
+            # Of every block that this one loads for, or that loads for it.
             scratch["free"] = plgpu.ClusterBarrier(
-                collective_axes=("share",), num_arrivals=t.warpgroups, num_barriers=t.stages
+                collective_axes=("share", "row"), num_arrivals=t.warpgroups, num_barriers=t.stages
             )
         if t.splits > 1:
             by_all = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
@@ -111,17 +135,27 @@ class _Cut:
 
 
 def matmul(
-    x: jax.Array, w: jax.Array, tiling: Tiling, out_dtype: Any, *, interpret: bool = False
+    x: jax.Array,
+    w: jax.Array,
+    tiling: Tiling,
+    out_dtype: Any,
+    *,
+    gated: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
-    """x [M, K] times w [N, K] transposed: [M, N]. bfloat16 in; M up to `tiling.padded_rows`."""
-    cut = _Cut(x.shape[0], w.shape[0], w.shape[1], tiling)
+    """x [M, K] times w [N, K] transposed: [M, N], or [M, N / 2] of silu(gate) * up if gated.
+
+    bfloat16 in; M up to `tiling.block_rows * tiling.row_blocks`.
+    """
+    cut = _Cut(x.shape[0], w.shape[0], w.shape[1], tiling, gated)
     if cut.m > 8 and cut.m % 8:
         # Bulk copies of swizzled tiles reach past the end of an array of less than 8 rows only.
         x = jnp.pad(x, ((0, -cut.m % 8), (0, 0)))
-    out: list[Any] = [jax.ShapeDtypeStruct((cut.m, cut.n), out_dtype)]
+    out: list[Any] = [jax.ShapeDtypeStruct((cut.m, cut.width), out_dtype)]
     if interpret and tiling.splits > 1:
         # The interpreter knows no distributed shared memory: the partial sums go through here.
-        lanes = (cut.clusters, tiling.sharing, tiling.splits, tiling.splits, tiling.warpgroups)
+        cluster = (tiling.sharing, tiling.row_blocks, tiling.splits)
+        lanes = (cut.clusters, *cluster, tiling.splits, tiling.warpgroups)
         out.append(jax.ShapeDtypeStruct((*lanes, tiling.rows, cut.piece), jnp.float32))
 
     def body(x_ref: Any, w_ref: Any, out_ref: Any, *exchange: Any, **scratch: Any) -> None:
@@ -136,13 +170,13 @@ def matmul(
         scratch_types=cut.scratch(x.dtype, out_dtype, interpret),
         grid=(cut.clusters,),
         grid_names=("cluster",),
-        cluster=(tiling.sharing, tiling.splits),
-        cluster_names=("share", "split"),
+        cluster=(tiling.sharing, tiling.row_blocks, tiling.splits),
+        cluster_names=("share", "row", "split"),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=128),
+        compiler_params=plgpu.CompilerParams(approx_math=gated, reduction_scratch_bytes=128),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name="skinny_matmul",
+        kernel_name="gated_matmul" if gated else "skinny_matmul",
     )
     result: jax.Array = kernel(x, w)[0]
     return result
@@ -155,7 +189,8 @@ class _Block:
         self.cut, self.tiling, self.interpret = cut, cut.tiling, interpret
         self.scratch, self.exchange = scratch, exchange
         self.cluster = lax.axis_index("cluster")
-        self.share, self.split = lax.axis_index("share"), lax.axis_index("split")
+        self.share, self.row = lax.axis_index("share"), lax.axis_index("row")
+        self.split = lax.axis_index("split")
         steps, splits = _i32(cut.steps), _i32(self.tiling.splits)
         self.first_step = lax.div(self.split * steps, splits)
         self.tile_steps = lax.div((self.split + _i32(1)) * steps, splits) - self.first_step
@@ -163,11 +198,11 @@ class _Block:
         self.tile_count = lax.div(_i32(cut.groups - 1) - self.cluster, every) + _i32(1)
 
     def _first_unit(self, index: jax.Array) -> jax.Array:
-        """Where this block's tile number `index` starts in w, in units; the last ones overlap."""
+        """Where the results of tile number `index` start, in units; the last tiles overlap."""
         cut, group = self.cut, self.cluster + index * _i32(self.cut.clusters)
         tile = group * _i32(self.tiling.sharing) + self.share
-        last = (cut.n - self.tiling.tile_n) // cut.unit
-        return lax.min(tile * _i32(self.tiling.tile_n // cut.unit), _i32(last))
+        last = (cut.width - cut.tile_width) // cut.unit
+        return lax.min(tile * _i32(cut.tile_width // cut.unit), _i32(last))
 
     def _step_columns(self, at: jax.Array) -> Any:
         """Columns of x and w for step `at` of a tile."""
@@ -179,25 +214,36 @@ class _Block:
 
     def load(self, x_ref: Any, w_ref: Any) -> None:
         """Bring x and this block's part of w into the ring, tile after tile."""
-        t, scratch, x_rows = self.tiling, self.scratch, self.cut.loaded_rows
+        t, cut, scratch = self.tiling, self.cut, self.scratch
         if t.registers:
             plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        # Rows past the end of x read as zeros; only a traced start may reach there.
-        shared = "share" if t.sharing > 1 and not self.interpret else None
-        first_row = self.split * 0 if x_rows > x_ref.shape[0] else 0
+        x_rows, w_rows = cut.loaded_rows, t.tile_n // cut.parts
+        all_load = not self.interpret  # the interpreter does not know copies of a cluster
+        x_axis = "share" if t.sharing > 1 and all_load else None
+        w_axis = "row" if t.row_blocks > 1 and all_load else None
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
-            rows = pl.ds(self._first_unit(index) * self.cut.unit, t.tile_n)
+            first_unit = self._first_unit(index)
 
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
                 slot, columns = lax.rem(turn, _i32(t.stages)), self._step_columns(at)
                 full, x_slot = scratch["full"].at[slot], pl.ds(slot * x_rows, x_rows)
                 free = scratch["free"].at[slot]
                 pl.when(turn >= t.stages)(lambda: plgpu.barrier_wait(free))
-                plgpu.copy_gmem_to_smem(w_ref.at[rows, columns], scratch["w_ring"].at[slot], full)
-                x_tile = x_ref.at[pl.ds(first_row, x_rows), columns]
+                for part in range(cut.parts):
+                    start = first_unit + _i32(part * (cut.width // cut.unit))
+                    plgpu.copy_gmem_to_smem(
+                        w_ref.at[pl.ds(start * cut.unit, w_rows), columns],
+                        scratch["w_ring"].at[slot, pl.ds(part * w_rows, w_rows)],
+                        full,
+                        collective_axes=w_axis,
+                    )
+                # Rows past the end of x read as zeros; only a traced start may reach there.
                 plgpu.copy_gmem_to_smem(
-                    x_tile, scratch["x_ring"].at[x_slot], full, collective_axes=shared
+                    x_ref.at[pl.ds(self.row * t.block_rows, x_rows), columns],
+                    scratch["x_ring"].at[x_slot],
+                    full,
+                    collective_axes=x_axis,
                 )
                 return turn + _i32(1)
 
@@ -205,7 +251,7 @@ class _Block:
             return after
 
         turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
-        if self.interpret or shared:
+        if self.interpret or x_axis or w_axis:
             # The interpreter wants every arrival awaited. The chip does not mind, but no block
             # may end while another of its cluster still signals it.
             def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
@@ -225,7 +271,9 @@ class _Block:
             sums, turn = self._sums(warpgroup, turn)
             start = self._first_unit(index) + self.split * _i32(cut.piece // cut.unit)
             if t.splits == 1:
-                self._store(lambda at, size: sums[:, at : at + size], out_ref, warpgroup, start)
+                self._store(
+                    lambda at, size: self._result(sums, at, size), out_ref, warpgroup, start
+                )
                 return turn
             pl.when(index > 0)(lambda: plgpu.barrier_wait(self.scratch["read"]))
             self._send(sums, warpgroup)
@@ -267,15 +315,22 @@ class _Block:
         free_before(turn)
         return sums, turn
 
+    def _result(self, sums: jax.Array, at: int, size: int) -> jax.Array:
+        """Columns at .. at + size of the result of a tile, from all its sums."""
+        if not self.cut.gated:
+            return sums[:, at : at + size]
+        half = self.cut.tile_width
+        gate, up = sums[:, at : at + size], sums[:, half + at : half + at + size]
+        return gate * lax.logistic(gate) * up
+
     def _send(self, sums: jax.Array, warpgroup: jax.Array) -> None:
         """Give every block of the cluster its piece of this block's sums."""
         scratch, piece = self.scratch, self.cut.piece
         for target in range(self.tiling.splits):
             part = sums[:, target * piece : (target + 1) * piece]
             if self.interpret:
-                self.exchange.at[self.cluster, self.share, target, self.split, warpgroup][...] = (
-                    part
-                )
+                lane = (self.cluster, self.share, self.row, target, self.split, warpgroup)
+                self.exchange.at[lane][...] = part
             else:
                 plgpu.async_store_smem(
                     part,
@@ -297,9 +352,8 @@ class _Block:
             columns = pl.ds(at, size)
             part: jax.Array
             if self.interpret:
-                part = self.exchange[
-                    self.cluster, self.share, self.split, source, warpgroup, :, columns
-                ]
+                lane = (self.cluster, self.share, self.row, self.split, source, warpgroup)
+                part = self.exchange[(*lane, slice(None), columns)]
             else:
                 part = self.scratch["received"][source, warpgroup, :, columns]
             return part
@@ -324,17 +378,17 @@ class _Block:
             staging[...] = value(index * width, width).astype(out_ref.dtype)
             plgpu.commit_smem()
             columns = pl.ds((start + _i32(index * width // cut.unit)) * cut.unit, width)
-            for part in range(t.warpgroups):
+            for part in range(t.row_blocks * t.warpgroups):
                 valid = min(t.rows, cut.m - part * t.rows)
 
                 def store(part: int = part, valid: int = valid, columns: Any = columns) -> None:
                     rows = pl.ds(part * t.rows, valid)
                     plgpu.copy_smem_to_gmem(staging.at[pl.ds(0, valid)], out_ref.at[rows, columns])
 
-                if t.warpgroups == 1:
+                if t.row_blocks * t.warpgroups == 1:
                     store()
                 elif valid > 0:
-                    pl.when(warpgroup == part)(store)
+                    pl.when(self.row * t.warpgroups + warpgroup == part)(store)
 
 
 def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lumen_kernels.matmul import matmul, mosaic_gpu, rule
+from lumen_kernels.matmul import matmul, mosaic_gpu, rule, silu_gated
 from lumen_kernels.matmul.rule import Tiling
 from lumen_kernels.target import CPU, HOPPER, Backend, Target
 
@@ -38,6 +38,26 @@ TILINGS = {
     ),
     "x shared": (16, 200, 256, dataclasses.replace(ONE, sharing=2, clusters=2)),
     "staggered": (8, 256, 512, dataclasses.replace(ONE, staggered=True)),
+    "rows over two blocks, the second half full": (
+        160,
+        200,
+        256,
+        dataclasses.replace(ONE, warpgroups=2, row_blocks=2, clusters=2),
+    ),
+    "rows over two blocks, x shared": (
+        256,
+        128,
+        256,
+        dataclasses.replace(ONE, warpgroups=2, row_blocks=2, sharing=2, clusters=1),
+    ),
+    "rows over two blocks, split": (
+        150,
+        128,
+        512,
+        dataclasses.replace(
+            ONE, warpgroups=2, row_blocks=2, splits=2, clusters=1, tile_n=64, stored=16
+        ),
+    ),
     "rows of 128": (
         256,
         112,
@@ -68,6 +88,45 @@ def test_the_kernel_multiplies(name):
     np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
 
 
+GATED = {
+    # name: (m, inner, k, tiling)
+    "inner not a multiple of the tile, several tiles per block": (
+        13,
+        104,
+        256,
+        dataclasses.replace(ONE, clusters=2, stored=16),
+    ),
+    "two warpgroups, x shared": (
+        72,
+        64,
+        256,
+        dataclasses.replace(ONE, warpgroups=2, sharing=2, clusters=2, stored=16),
+    ),
+    "rows over two blocks": (
+        140,
+        56,
+        256,
+        dataclasses.replace(
+            ONE, tile_n=112, tile_k=64, warpgroups=2, row_blocks=2, clusters=1, stored=56
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_kernel_gates(name):
+    m, inner, k, tiling = GATED[name]
+    x, w = operands(m, 2 * inner, k)
+    w = w * jnp.bfloat16(k**-0.5)
+    out = mosaic_gpu.matmul(x, w, tiling, jnp.float32, gated=True, interpret=True)
+    gate, up = np.split(np.asarray(x, np.float64) @ np.asarray(w, np.float64).T, 2, axis=1)
+    want = gate / (1 + np.exp(-gate)) * up
+    assert out.shape == (m, inner)
+    assert np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want) < 1e-6
+    rounded = mosaic_gpu.matmul(x, w, tiling, jnp.bfloat16, gated=True, interpret=True)
+    np.testing.assert_array_equal(rounded, out.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("m", [1, 8, 13, 32, 64, 72, 128, 256])
 @pytest.mark.parametrize("name", LLAMA_8B)
 def test_it_lowers_for_hopper(name, m):
@@ -81,27 +140,62 @@ def test_it_lowers_for_hopper(name, m):
     assert ("custom_call @mosaic_gpu" in exported.mlir_module()) == ours
 
 
+@pytest.mark.parametrize("m", [1, 8, 17, 32, 64, 72, 128, 136, 256])
+def test_the_gated_product_lowers_for_hopper(m):
+    n, k = LLAMA_8B["gate_up"]
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((m, k), (n, k)))
+    program = jax.jit(lambda x, w: silu_gated(x, w, target=HOPPER))
+    exported = jax.export.export(program, platforms=["cuda"])(x, w)
+    assert exported.out_avals[0].shape == (m, n // 2)
+    assert ("gated_matmul" in exported.mlir_module()) == (m > 16)
+
+
 def test_the_kernel_takes_what_it_was_measured_to_win():
     def ours(m, name, dtype=jnp.bfloat16, target=HOPPER):
         return rule.tiling(m, LLAMA_8B[name], jnp.dtype(dtype), jnp.bfloat16, target)
 
+    def gated(m, shape=LLAMA_8B["gate_up"], target=HOPPER):
+        return rule.gated_tiling(m, shape, jnp.dtype(jnp.bfloat16), target)
+
     taken = {name: [m for m in (1, 2, 8, 32, 64, 128, 256) if ours(m, name)] for name in LLAMA_8B}
     assert taken == {
-        "qkv": [64, 128],
-        "o": [64, 128],
-        "gate_up": [2, 8, 256],
-        "down": [64],
+        "qkv": [32, 64, 128, 256],
+        "o": [32, 64, 128],
+        "gate_up": [2, 8, 64, 256],
+        "down": [32, 64],
         "head": [],
     }
     cuts = {(m, name): ours(m, name) for name, ms in taken.items() for m in ms}
-    shapes = {key: (cut.tile_n, cut.tile_k, cut.splits, cut.stages) for key, cut in cuts.items()}
-    assert shapes[8, "gate_up"] == (56, 256, 1, 5)
-    assert shapes[256, "gate_up"] == (112, 64, 1, 4)
-    assert shapes[64, "qkv"] == (48, 128, 1, 7)
-    assert shapes[128, "qkv"] == (48, 64, 1, 9)
-    assert shapes[64, "o"] == (32, 128, 1, 9)
-    assert shapes[128, "o"] == (32, 128, 1, 5)
-    assert shapes[64, "down"] == (64, 128, 2, 6)
+    cuts |= {(m, "gated"): gated(m) for m in (32, 64, 128, 256)}
+    shapes = {
+        key: (cut.tile_n, cut.tile_k, cut.splits, cut.sharing, cut.row_blocks, cut.stages)
+        for key, cut in cuts.items()
+    }
+    assert shapes == {
+        (2, "gate_up"): (56, 256, 1, 1, 1, 5),
+        (8, "gate_up"): (56, 256, 1, 1, 1, 5),
+        (64, "gate_up"): (112, 128, 1, 1, 1, 4),
+        (256, "gate_up"): (224, 64, 1, 1, 2, 4),
+        (32, "gated"): (112, 128, 1, 1, 1, 5),
+        (64, "gated"): (112, 128, 1, 1, 1, 4),
+        (128, "gated"): (224, 64, 1, 2, 1, 4),
+        (256, "gated"): (112, 64, 1, 2, 1, 4),
+        (32, "qkv"): (48, 128, 1, 1, 1, 10),
+        (64, "qkv"): (48, 128, 1, 1, 1, 7),
+        (128, "qkv"): (48, 64, 1, 1, 1, 9),
+        (256, "qkv"): (96, 64, 1, 1, 2, 7),
+        (32, "o"): (32, 128, 1, 1, 1, 13),
+        (64, "o"): (32, 128, 1, 1, 1, 9),
+        (128, "o"): (32, 128, 1, 1, 1, 5),
+        (32, "down"): (32, 128, 1, 1, 1, 13),
+        (64, "down"): (64, 128, 2, 1, 1, 6),
+    }
+    for cut in cuts.values():
+        assert cut.splits * cut.sharing * cut.row_blocks <= 2
+    assert [m for m in (1, 8, 16, 17, 256, 257) if gated(m)] == [17, 256]
+    assert gated(64, (14336, 4096)) is None
+    assert gated(64, (28680, 4096)) is None
+    assert gated(64, target=CPU) is None
     for target in (CPU, Target(Backend.XLA, "gpu"), Target(Backend.MOSAIC_TPU, "tpu")):
         assert ours(64, "o", target=target) is None
     assert ours(64, "o", jnp.float32) is None

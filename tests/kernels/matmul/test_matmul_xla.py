@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lumen_kernels.errors import KernelArgumentError
-from lumen_kernels.matmul import matmul
+from lumen_kernels.matmul import matmul, silu_gated
 from lumen_kernels.target import CPU, HOPPER, Backend, Target
 
 TPU = Target(Backend.MOSAIC_TPU, "tpu", "TPU v6 lite")
@@ -70,3 +70,29 @@ def test_a_wrong_argument_is_named(argument, change):
     with pytest.raises(KernelArgumentError, match=f"matmul: {argument} ") as failure:
         matmul(**{**right, **change}, target=CPU)
     assert failure.value.argument == argument
+
+
+def gated(x, w):
+    gate, up = np.split(exact(x, w), 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("m", [1, 2, 65])
+@pytest.mark.parametrize("target", [CPU, TPU], ids=["cpu", "tpu"])
+def test_xla_gates_where_there_is_no_kernel(m, target):
+    x, w = operands(m, 96, 80)
+    out = silu_gated(x, w * jnp.bfloat16(0.1), target=target)
+    assert (out.shape, out.dtype) == ((m, 48), jnp.bfloat16)
+    assert relative_error(out, gated(x, w * jnp.bfloat16(0.1))) < 1e-2
+
+
+def test_float32_is_gated_in_float32():
+    x, w = operands(8, 512, 256, jnp.float32)
+    assert relative_error(silu_gated(x, w, target=HOPPER), gated(x, w)) < 1e-6
+
+
+@pytest.mark.parametrize("w", [jnp.zeros((7, 64)), jnp.zeros((8, 32)), jnp.zeros((64,))])
+def test_weights_of_a_gate_and_its_like_are_checked(w):
+    with pytest.raises(KernelArgumentError, match="silu_gated: w ") as failure:
+        silu_gated(jnp.zeros((4, 64)), w, target=CPU)
+    assert failure.value.argument == "w"
