@@ -9,12 +9,14 @@ Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32
 has the model's dtype; sums inside norms, rotations and activations are in float32.
 """
 
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from lumen_kernels.dense_chain import Weights, dense_chain, no_meetings, rms_norm
 from lumen_kernels.matmul import matmul
 from lumen_kernels.target import Target
 
@@ -36,13 +38,6 @@ class Attend(Protocol):
         head_dim ** -0.5.
         """
         ...
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Scale x [..., n] to unit mean square, times weight float32 [n]; in float32, x's dtype out."""
-    wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight).astype(x.dtype)
 
 
 def _sum_over(x: jax.Array, axis_name: str | None) -> jax.Array:
@@ -116,33 +111,42 @@ class DecoderUnit(nnx.Module):
         hidden [tokens, hidden] in the model's dtype, positions int32 [tokens]; target: of the mesh
         this is traced for. Returns the new hidden states and the arena as `attend` left it.
         """
-        eps = self.config.rms_norm_eps
+        eps, layers = self.config.rms_norm_eps, list(self.layers)
+        reduce = None if axis_name is None else partial(lax.psum, axis_name=axis_name)
         cos, sin = rotation(positions, inverse_frequencies(self.config))
-        norms = self.norms[...]
-        for index, layer in enumerate(self.layers):
-            x = rms_norm(hidden, norms[index, 0], eps)
-            q, k, v = self._queries_keys_values(index, layer, x, target)
+        norms, meetings = self.norms[...].reshape(2 * len(layers), -1), no_meetings()
+        x = rms_norm(hidden, norms[0], eps)
+        projected: jax.Array | None = matmul(x, layers[0].qkv[...], target=target)
+        for index, layer in enumerate(layers):
+            assert projected is not None  # a layer that has one after it projects for it
+            q, k, v = self._queries_keys_values(index, projected)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             attended, arena = attend(index, q, k, v, arena)
-            attended = attended.reshape(attended.shape[0], -1)
-            out = matmul(attended, layer.o[...], target=target)
-            hidden = hidden + _sum_over(out, axis_name)
-            x = rms_norm(hidden, norms[index, 1], eps)
-            gate, up = jnp.split(matmul(x, layer.gate_up[...], target=target), 2, axis=1)
-            inner = nnx.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-            out = matmul(inner.astype(x.dtype), layer.down[...], target=target)
-            hidden = hidden + _sum_over(out, axis_name)
+            following = layers[index + 1].qkv[...] if index + 1 < len(layers) else None
+            hidden, projected, meetings = dense_chain(
+                attended.reshape(attended.shape[0], -1),
+                hidden,
+                Weights(layer.o[...], layer.gate_up[...], layer.down[...], following),
+                norms,
+                meetings,
+                norm=2 * index + 1,
+                eps=eps,
+                target=target,
+                reduce=reduce,
+            )
         return hidden, arena
 
     def _queries_keys_values(
-        self, index: int, layer: DecoderLayer, x: jax.Array, target: Target
+        self, index: int, fused: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Project x [tokens, hidden] to q, k, v [tokens, heads, head_dim], normed, not rotated."""
+        """Split a layer's projections [tokens, qkv rows] to q, k, v [tokens, heads, head_dim].
+
+        With bias and norms, not rotated.
+        """
         config, heads = self.config, self.heads
-        fused = matmul(x, layer.qkv[...], target=target)
         if config.qkv_bias:
-            fused = (fused.astype(jnp.float32) + self.qkv_bias[index]).astype(x.dtype)
-        fused = fused.reshape(x.shape[0], -1, config.head_dim)
+            fused = (fused.astype(jnp.float32) + self.qkv_bias[index]).astype(fused.dtype)
+        fused = fused.reshape(fused.shape[0], -1, config.head_dim)
         ends = (heads.q_per_device, heads.q_per_device + heads.kv_per_device)
         q, k, v = jnp.split(fused, ends, axis=1)
         if config.qk_norm:
