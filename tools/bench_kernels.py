@@ -2,6 +2,7 @@
 
 python tools/bench_kernels.py --json=docs/results/kernels.json --markdown=kernels.md
 python tools/bench_kernels.py --only=decode,matmul --pages=16 --arena_gib=8
+python tools/bench_kernels.py --only=decode --match='any batch|128 x 1024, page'
 JAX_PLATFORMS=cpu python tools/bench_kernels.py --smoke
 
 Each operation is first compared with float64 NumPy (copies: bit by bit), and the arena with what it
@@ -21,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.bench import results
 from tools.bench.kernels.report import markdown
-from tools.bench.kernels.runner import OPERATIONS, Options, Outcome, run
+from tools.bench.kernels.runner import OPERATIONS, NoSuchRowError, Options, Outcome, run
 
 _ONLY = flags.DEFINE_list("only", list(OPERATIONS), "Operations to measure.")
+_MATCH = flags.DEFINE_string("match", "", "Of those, rows with this regular expression in them.")
 _PAGES = flags.DEFINE_list("pages", ["16", "64"], "Block sizes: all shapes with the first.")
 _ARENA = flags.DEFINE_float("arena_gib", None, "Size of the arena. Default: most of what is free.")
 _REPS = flags.DEFINE_integer("reps", 5, "Batches timed per row: one sample each.")
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> None:
     try:
         options = Options(
             only=tuple(_ONLY.value),
+            match=_MATCH.value,
             pages=tuple(int(page) for page in _PAGES.value),
             arena_gib=_ARENA.value,
             reps=_REPS.value,
@@ -49,7 +52,10 @@ def main(arguments: list[str]) -> None:
         )
     except ValueError as error:
         sys.exit(f"bench_kernels: {error}")
-    outcome = run(options)
+    try:
+        outcome = run(options)
+    except NoSuchRowError as error:
+        sys.exit(f"bench_kernels: {error}")
     _write(options, outcome)
     if outcome.failures:
         sys.exit("bench_kernels: " + "; ".join(outcome.failures))
@@ -57,7 +63,10 @@ def main(arguments: list[str]) -> None:
 
 def _write(options: Options, outcome: Outcome) -> None:
     settings = {
-        **{name: getattr(options, name) for name in ("only", "pages", "reps", "batch_ms", "smoke")},
+        **{
+            name: getattr(options, name)
+            for name in ("only", "match", "pages", "reps", "batch_ms", "smoke")
+        },
         **outcome.facts,
     }
     content = results.results(outcome.rows, settings, {})

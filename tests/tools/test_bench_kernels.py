@@ -17,15 +17,17 @@ from tools.bench.kernels.ceilings import Ceilings
 from tools.bench.kernels.operations import lumen_operations
 from tools.bench.kernels.pool import KvPool
 from tools.bench.kernels.report import MEASURED, markdown, measured_row, other_row
-from tools.bench.kernels.runner import OPERATIONS, Options, run
+from tools.bench.kernels.runner import OPERATIONS, NoSuchRowError, Options, run
 from tools.bench.kernels.sizes import FULL, SMOKE
 from tools.bench.kernels.timing import Program, Timing, compile_all, side_by_side
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_kernels.py"
 
 
-def smoke(*only, operations=None):
-    options = Options(only=only, arena_gib=0.01, reps=2, batch_ms=0.0, smoke=True)
+def smoke(*only, operations=None, match=""):
+    options = Options(
+        only=only, match=match, arena_gib=0.01, reps=2, batch_ms=0.0, smoke=True
+    )  # fmt: skip
     return run(options, operations)
 
 
@@ -35,7 +37,7 @@ def test_smoke_run_measures_every_operation_and_gives_a_results_file(tmp_path):
     statuses = {one["name"]: one["status"] for one in outcome.rows}
     assert set(statuses.values()) == {MEASURED}, statuses
     for operation in ("decode", "prefill", "gather", "scatter", "copy", "KV write", "matmul",
-                      "merge"):  # fmt: skip
+                      "dense chain", "merge"):  # fmt: skip
         assert any(name.startswith(operation) for name in statuses)
     assert all(len(one["samples"]) == 2 and one["median"] > 0 for one in outcome.rows)
 
@@ -94,6 +96,19 @@ def wrong_matmul(operation):
     return lambda x, w, **options: operation(x, w, **options).at[-1, -1].add(8.0)
 
 
+def wrong_norms(operation):
+    """Those of the first layer, in all of them."""
+    return lambda *given, norm, **options: operation(*given, norm=0, **options)
+
+
+def wrong_projections(operation):
+    def wrong(*given, **options):
+        made = operation(*given, **options)
+        return made._replace(projected=made.projected.at[-1].multiply(1.02))
+
+    return wrong
+
+
 @pytest.mark.parametrize(
     ("name", "group", "spoil"),
     [
@@ -106,6 +121,8 @@ def wrong_matmul(operation):
         ("kv_write", "kv_write", wrong_write),
         ("merge", "merge", wrong_merge),
         ("matmul", "matmul", wrong_matmul),
+        ("dense_chain", "dense_chain", wrong_norms),
+        ("dense_chain", "dense_chain", wrong_projections),
     ],
 )
 def test_a_wrong_kernel_is_refused(name, group, spoil):
@@ -115,6 +132,36 @@ def test_a_wrong_kernel_is_refused(name, group, spoil):
     wrong = [one for one in outcome.rows if one["status"].startswith("WRONG")]
     assert len(outcome.failures) == len(wrong) > 0
     assert all(one["median"] is None and one["samples"] == [] for one in wrong)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_row_that_changes_with_its_batch_is_refused_where_it_must_not(honest):
+    """A decode kernel that is off by rounding when some row is padding, honest or not about it."""
+    operations = lumen_operations()
+
+    def decode(q, k, v, arena, tables, lengths, *rest, batch_invariant=False, **options):
+        out, lse, arena = operations.decode(q, k, v, arena, tables, lengths, *rest, **options)
+        changes = jnp.any(lengths == 0) & (not (honest and batch_invariant))
+        return jnp.where(changes, out * jnp.bfloat16(1.0078125), out), lse, arena
+
+    planted = dataclasses.replace(operations, decode=decode)
+    outcome = smoke("decode", operations=planted, match="any batch")
+    rows = [one for one in outcome.rows if "any batch" in one["name"]]
+    assert len(rows) == 2
+    for one in rows:
+        if honest:
+            assert one["status"] == MEASURED
+            assert "rows keep their bits" in one["note"]
+            assert "(0 change" not in one["note"]
+        else:
+            assert "rows change with the batch" in one["status"]
+
+
+def test_rows_can_be_picked_by_name():
+    names = [one["name"] for one in smoke("decode", "merge", match="KV write|merge").rows]
+    assert sum(name.startswith(("decode", "merge")) for name in names) == 2
+    with pytest.raises(NoSuchRowError, match="--match=nonsense"):
+        smoke("merge", match="nonsense")
 
 
 def test_missing_operations_and_broken_ones_are_rows_and_only_the_latter_are_failures():
@@ -150,6 +197,7 @@ def test_an_interrupt_keeps_what_was_measured(monkeypatch):
     [
         ({"only": ("attention",)}, "--only=attention"),
         ({"only": ()}, "--only"),
+        ({"match": "("}, "--match"),
         ({"pages": (24,)}, "--pages=24"),
         ({"reps": 0}, "--reps"),
         ({"batch_ms": -1.0}, "--batch_ms"),

@@ -19,7 +19,7 @@ from tools.bench.kernels.attention import (
     require_same_again,
     state_struct,
 )
-from tools.bench.kernels.case import Bar, Bench, Case, Measurement, Work
+from tools.bench.kernels.case import Bar, Bench, Case, Measurement, Work, WrongResultError
 from tools.bench.kernels.operands import random_bf16
 from tools.bench.kernels.pool import Ints, KvPool
 from tools.bench.kernels.timing import Program
@@ -82,8 +82,9 @@ def cases(bench: Bench, pool: KvPool) -> list[Case]:
     alike |= {title: drawn for title, drawn in sizes.ragged if len(drawn) in sizes.written}
     for title, drawn in alike.items():
         name = f"decode {title}, same bits in any batch, page {pool.block_size}"
-        programs = made(len(drawn), invariant=True)
-        found.append(_case(bench, pool, name, np.array(drawn), Bar("us"), programs))
+        programs, control = made(len(drawn), invariant=True), made(len(drawn))
+        case = _case(bench, pool, name, np.array(drawn), Bar("us"), programs, control=control)
+        found.append(case)
     return found
 
 
@@ -104,13 +105,16 @@ def _case(
     bar: Bar,
     programs: _Programs,
     writes: bool = False,
+    control: _Programs | None = None,
 ) -> Case:
+    """control: of a row that keeps its bits in any batch, programs of which that is not asked."""
     work = Work(
         bytes=int(lengths.sum()) * pool.model.kv_bytes_per_token,
         flops=4 * int(lengths.sum()) * pool.model.query_heads * pool.model.head_dim,
     )
-    measure = functools.partial(_measure, bench, pool, name, lengths, programs, writes)
-    return Case(name, work, bar, programs.existing, measure)
+    measure = functools.partial(_measure, bench, pool, name, lengths, programs, writes, control)
+    existing = programs.existing + ([control.step] if control else [])
+    return Case(name, work, bar, existing, measure)
 
 
 def _programs(
@@ -188,7 +192,13 @@ def _schedules(scheduler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _measure(
-    bench: Bench, pool: KvPool, name: str, lengths: Ints, programs: _Programs, writes: bool
+    bench: Bench,
+    pool: KvPool,
+    name: str,
+    lengths: Ints,
+    programs: _Programs,
+    writes: bool,
+    control: _Programs | None,
 ) -> Measurement:
     model, random = pool.model, np.random.default_rng(1)
     columns = bench.sizes.longest // pool.block_size
@@ -221,10 +231,11 @@ def _measure(
         state = programs.step(fresh_state(q, pool), *given)
         pool.arena = state.arena
         require_same_again(name, once, state.q)
+    told = _same_bits(name, pool, programs, control, q, given) if control else ""
 
     samples_s, state = bench.timing.samples(programs.step, fresh_state(q, pool), *given)
     pool.arena = state.arena
-    note = _parts(bench, programs, given[1], float(np.median(samples_s)))
+    note = told or _parts(bench, programs, given[1], float(np.median(samples_s)))
     if ragged:
         pool.fill()  # without the poison
     return Measurement(samples_s, note=note)
@@ -233,6 +244,61 @@ def _measure(
 def _written(pool: KvPool, table: Any, lengths: Ints, layers: int) -> Ints:
     blocks = table[np.arange(len(lengths)), (lengths - 1) // pool.block_size].astype(np.int64)
     return pool.slots(blocks, np.arange(layers) * pool.model.kv_heads)
+
+
+def _same_bits(
+    name: str,
+    pool: KvPool,
+    programs: _Programs,
+    control: _Programs,
+    q: jax.Array,
+    given: tuple[Any, ...],
+) -> str:
+    """That rows keep their bits in other batches, and how many do not with the control.
+
+    Raises WrongResultError.
+    """
+    changed, compared = _changed_rows(pool, programs.step, q, given)
+    if changed:
+        raise WrongResultError(f"{name}: {changed} of {compared} rows change with the batch")
+    changed, compared = _changed_rows(pool, control.step, q, given)
+    kept = f"{compared} rows keep their bits in other batches"
+    return f"{kept} ({changed} change if it is not asked for)"
+
+
+def _changed_rows(
+    pool: KvPool, step: Program, q: jax.Array, given: tuple[Any, ...]
+) -> tuple[int, int]:
+    """Rows whose bits change when others become padding, and how many were compared.
+
+    Compared are the longest row alone, and it with every second one.
+    """
+    tables, lengths, *rest = given
+
+    def run(lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        state = step(fresh_state(q, pool), tables, lengths, *rest)
+        pool.arena = state.arena
+        return state.first, state.q
+
+    together, changed, compared = run(lengths), 0, 0
+    index = np.arange(lengths.shape[0])
+    longest = index == int(np.argmax(lengths))
+    for kept in (longest, longest | (index % 2 == 0)):
+        apart = run(jnp.where(kept, lengths, 0))
+        changed += int(np.sum(np.asarray(_other_bits(together, apart)) & kept))
+        compared += int(kept.sum())
+    return changed, compared
+
+
+@jax.jit
+def _other_bits(some: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:
+    """Whether rows differ in any of these pairs of bfloat16 [rows, heads, head_dim]."""
+
+    def bits(array: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(array, jnp.uint16)
+
+    pairs = zip(some, others, strict=True)
+    return jnp.stack([(bits(a) != bits(b)).any(axis=(1, 2)) for a, b in pairs]).any(axis=0)
 
 
 def _parts(bench: Bench, programs: _Programs, lengths: jax.Array, second: float) -> str:

@@ -22,7 +22,7 @@ _MOST_CALLS = 24
 _STREAMED = Bar("TB/s", 3.75, 4.0, peer_source="XLA in the same run")
 _COMPUTED = Bar("TFLOP/s", 650.0, 720.0, peer_source="XLA in the same run")
 _COMPUTED_TOKENS = 256
-_LAYER = {"qkv", "o", "gate_up", "down"}  # the lm head has no bar of its own
+_LAYER = {"qkv", "o", "gate_up", "gate_up, gated", "down"}  # the lm head has no bar of its own
 _CHECKED_COLUMNS = 64
 
 
@@ -36,18 +36,19 @@ def _case(bench: Bench, product: Product, rows: int) -> Case:
     calls = int(np.clip(_LAUNCH_BYTES // (2 * columns * depth), 2, _MOST_CALLS))
     x = jax.ShapeDtypeStruct((rows, depth), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((columns, depth), jnp.bfloat16)
-    y = jax.ShapeDtypeStruct((rows, columns), jnp.bfloat16)
-    ours = functools.partial(bench.operations.matmul, target=bench.target)
+    y = jax.ShapeDtypeStruct((rows, columns // (2 if product.gated else 1)), jnp.bfloat16)
+    operation = bench.operations.silu_gated if product.gated else bench.operations.matmul
+    ours = functools.partial(operation, target=bench.target)
     programs = [
         Program(side_by_side(one), [y] * calls, ((x, w),) * calls, calls, alone=True)
-        for one in (ours, _xla)
+        for one in (ours, _xla_gated if product.gated else _xla)
     ]
     bar = _COMPUTED if rows >= _COMPUTED_TOKENS else _STREAMED
     if product.name not in _LAYER:
         bar = Bar(bar.unit, peer_source=bar.peer_source)
     name = f"matmul {product.name} {columns} x {depth}, M {rows}"
     work = Work(bytes=2 * columns * depth, flops=2 * rows * columns * depth)
-    measure = functools.partial(_measure, bench.timing, name, programs, (x, w), calls)
+    measure = functools.partial(_measure, bench.timing, name, programs, product, (x, w), calls)
     return Case(name, work, bar, programs, measure)
 
 
@@ -55,8 +56,18 @@ def _xla(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())))
 
 
+def _xla_gated(x: jax.Array, w: jax.Array) -> jax.Array:
+    gate, up = jnp.split(_xla(x, w).astype(jnp.float32), 2, axis=1)
+    return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+
 def _measure(
-    timing: Timing, name: str, programs: list[Program], operands: tuple[Any, Any], calls: int
+    timing: Timing,
+    name: str,
+    programs: list[Program],
+    product: Product,
+    operands: tuple[Any, Any],
+    calls: int,
 ) -> Measurement:
     x, w = operands
     pairs = [
@@ -67,17 +78,20 @@ def _measure(
     for program, who in zip(programs, (name, f"XLA's {name}"), strict=True):
         results = program(hollow(program.state), *pairs)
         for call in (0, calls - 1):
-            _check(who, *pairs[call], results[call])
+            _check(who, product, *pairs[call], results[call])
         samples_s, _ = timing.samples(program, results, *pairs)
         samples.append(samples_s)
     return Measurement(samples[0], peer_samples_s=samples[1])
 
 
-def _check(name: str, x: jax.Array, w: jax.Array, y: Any) -> None:
+def _check(name: str, product: Product, x: jax.Array, w: jax.Array, y: Any) -> None:
     """All rows of some columns in float64, and no NaN anywhere."""
     found = np.asarray(y).astype(np.float32)
     if not np.isfinite(found).all():
         raise WrongResultError(f"{name}: NaN or infinity")
-    at = np.unique(np.linspace(0, w.shape[0] - 1, _CHECKED_COLUMNS).astype(int))
+    at = np.unique(np.linspace(0, found.shape[1] - 1, _CHECKED_COLUMNS).astype(int))
     expected = reference.float64(x) @ reference.float64(w[at]).T
+    if product.gated:
+        up = reference.float64(x) @ reference.float64(w[at + found.shape[1]]).T
+        expected = expected / (1.0 + np.exp(-expected)) * up
     reference.require_close(name, found[:, at], expected)

@@ -22,6 +22,8 @@ class Operations:
     copy: Operation
     merge: Operation
     matmul: Operation
+    silu_gated: Operation
+    dense_chain: Operation
 
 
 def lumen_operations() -> Operations:
@@ -36,6 +38,8 @@ def lumen_operations() -> Operations:
         copy=_operation("block_copy", "copy"),
         merge=_operation("attention_merge", "merge"),
         matmul=_operation("matmul", "matmul"),
+        silu_gated=_operation("matmul", "silu_gated"),
+        dense_chain=_operation("dense_chain", "dense_chain"),
     )
 
 

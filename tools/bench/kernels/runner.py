@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import sys
 import time
 import traceback
@@ -12,7 +13,16 @@ import jax
 from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.target import Target
 
-from tools.bench.kernels import block_copy, ceilings, decode, kv_write, matmul, merge, prefill
+from tools.bench.kernels import (
+    block_copy,
+    ceilings,
+    decode,
+    dense_chain,
+    kv_write,
+    matmul,
+    merge,
+    prefill,
+)
 from tools.bench.kernels.case import Bench, Case, DoesNotFitError, WrongResultError
 from tools.bench.kernels.operations import Operations, lumen_operations
 from tools.bench.kernels.pool import KvPool
@@ -29,6 +39,7 @@ ARENA_OPERATIONS: dict[str, Callable[[Bench, KvPool], list[Case]]] = {
 }
 OTHER_OPERATIONS: dict[str, Callable[[Bench], list[Case]]] = {
     "matmul": matmul.cases,
+    "dense_chain": dense_chain.cases,
     "merge": merge.cases,
 }
 OPERATIONS = (*ARENA_OPERATIONS, *OTHER_OPERATIONS)
@@ -37,12 +48,18 @@ _ARENA_SHARE = 0.8  # of free memory; operands, results and XLA's temporaries ne
 _NO_STATISTICS_BYTES = 64 << 20  # arena where a device does not say how much memory it has
 
 
+class NoSuchRowError(Exception):
+    """Nothing is left to measure."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """only: names out of OPERATIONS. pages: block sizes, all shapes with the first, few with the
-    others. arena_gib: None: most of free memory."""
+    """only: names out of OPERATIONS. match: of those, rows with this regular expression in their
+    name. pages: block sizes, all shapes with the first, few with the others. arena_gib: None: most
+    of free memory."""
 
     only: tuple[str, ...] = OPERATIONS
+    match: str = ""
     pages: tuple[int, ...] = (16, 64)
     arena_gib: float | None = None
     reps: int = 5
@@ -53,6 +70,10 @@ class Options:
         for name in self.only:
             if name not in OPERATIONS:
                 raise ValueError(f"--only={name}: no such operation; there are {list(OPERATIONS)}.")
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"--match={self.match}: no regular expression: {error}.") from error
         for page in self.pages:
             if page not in (16, 32, 64, 128):
                 raise ValueError(f"--pages={page}: a block has 16, 32, 64 or 128 tokens.")
@@ -79,6 +100,7 @@ def run(
     """Measure on JAX's first device, printing as it goes. An interrupt ends it with what it has.
 
     operations: this checkout's if None. target: what they are traced for, the device's if None.
+    Raises NoSuchRowError.
     """
     device = jax.devices()[0]
     bench = Bench(
@@ -88,15 +110,23 @@ def run(
         timing=Timing(options.reps, options.batch_ms / 1e3),
     )
     pools = _pools(options, bench, device)
+    named = re.compile(options.match).search
     with_pools = []
     for pool in pools:
         seen = bench if pool is pools[0] else dataclasses.replace(bench, sizes=FURTHER)
-        named = [ARENA_OPERATIONS[name] for name in options.only if name in ARENA_OPERATIONS]
-        with_pools.append((pool, [one for cases in named for one in cases(seen, pool)]))
+        group = [
+            one for name in options.only if name in ARENA_OPERATIONS
+            for one in ARENA_OPERATIONS[name](seen, pool) if named(one.name)
+        ]  # fmt: skip
+        with_pools.append((pool, group))
     others = [
         one for name in options.only if name in OTHER_OPERATIONS
-        for one in OTHER_OPERATIONS[name](bench)
+        for one in OTHER_OPERATIONS[name](bench) if named(one.name)
     ]  # fmt: skip
+    if not others and not any(group for _, group in with_pools):
+        raise NoSuchRowError(
+            f"--match={options.match}: no row of {', '.join(options.only)} has it."
+        )
     limits = ceilings.cases(bench)
     cases = [*limits, *others, *(one for _, group in with_pools for one in group)]
     programs = list({id(p): p for one in cases for p in one.programs}.values())

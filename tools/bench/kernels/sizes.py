@@ -44,12 +44,35 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A weight matrix [columns, depth], and the numbers of rows that it is multiplied with."""
+    """A weight matrix [columns, depth], and the numbers of rows that it is multiplied with.
+
+    gated: it is [gate | up], and silu of the one half times the other is made of the product.
+    """
 
     name: str
     columns: int
     depth: int
     rows: tuple[int, ...]
+    gated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A decoder layer without its attention, and the numbers of rows it is run with."""
+
+    hidden: int
+    q_width: int
+    inner: int
+    qkv: int
+    rows: tuple[int, ...]
+
+    @property
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """[columns, depth] of o, gate_up, down and the next layer's qkv."""
+        return (
+            (self.hidden, self.q_width), (2 * self.inner, self.hidden),
+            (self.hidden, self.inner), (self.qkv, self.hidden),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +97,7 @@ class Sizes:
     blocks: tuple[int, ...]
     writes: tuple[int, ...]
     matmuls: tuple[Product, ...]
+    chain: Chain
     merges: tuple[tuple[int, int], ...]
     ceiling_bytes: int
     ceiling_n: int
@@ -108,9 +132,11 @@ FULL = Sizes(
         Product("qkv", 6144, 4096, _ROWS),
         Product("o", 4096, 4096, _ROWS),
         Product("gate_up", 28672, 4096, _ROWS),
+        Product("gate_up, gated", 28672, 4096, _ROWS, gated=True),
         Product("down", 4096, 14336, _ROWS),
         Product("lm_head", 128256, 4096, (1, 32, 128)),
     ),
+    chain=Chain(4096, 4096, 14336, 6144, (1, 8, 16, 32)),
     merges=((2, 128), (2, 4096), (8, 1024)),
     ceiling_bytes=2 << 30,
     ceiling_n=8192,
@@ -140,7 +166,8 @@ SMOKE = Sizes(
     prefill=(Prompts("24 over 16", 2, 24, 16),),
     blocks=(3,),
     writes=(2, 32),
-    matmuls=(Product("square", 256, 256, (2,)),),
+    matmuls=(Product("square", 256, 256, (2,)), Product("gated", 256, 256, (2,), gated=True)),
+    chain=Chain(128, 64, 192, 96, (2,)),
     merges=((3, 5),),
     ceiling_bytes=1 << 20,
     ceiling_n=128,
