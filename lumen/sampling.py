@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from lumen_kernels.target import CPU, Target
 
 from lumen.truncation import truncate
 
@@ -57,6 +58,7 @@ def sample(
     mask: jax.Array | None = None,
     *,
     truncates: bool = True,
+    target: Target = CPU,
 ) -> jax.Array:
     """Draw one token per row.
 
@@ -68,7 +70,8 @@ def sample(
 
     logits float32 [rows, vocab], finite; positions int32 [rows], of the tokens being drawn; mask
     as in `sample_greedy`. truncates: False leaves top-k, top-p and min-p out, for batches in which
-    no row that draws asks for any: it draws the same tokens there. Returns int32 [rows].
+    no row that draws asks for any: it draws the same tokens there. target: what it is traced for;
+    the draws are the same for all. Returns int32 [rows].
     """
     greedy = params.temperature < GREEDY_BELOW
     logits = _allowed(logits, mask)
@@ -80,6 +83,7 @@ def sample(
             jnp.where(greedy, 0, params.top_k),
             jnp.where(greedy, 1.0, params.top_p),
             jnp.where(greedy, 0.0, params.min_p),
+            target,
         )
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(params.seed, positions, scaled.shape[1])
     scores = scaled + jnp.where(greedy[:, None], 0.0, noise)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from lumen_kernels.target import Target
 
 _KEY_BITS = 30
 _FARTHEST = 0x5FFFFFFF  # just below 2^65, as float32 bits: e^-2^64 is 0
@@ -26,7 +27,9 @@ _Thresholds = Sequence[jax.Array]
 """Several thresholds of each row, every one uint32 [rows]."""
 
 
-def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+def truncate(
+    scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, target: Target
+) -> jax.Array:
     """Logits with -inf for the tokens that top-k, top-p and min-p drop, in this order.
 
     Top-k keeps all tokens at least as probable as the k-th best. Top-p keeps, of what top-k left
@@ -41,35 +44,38 @@ def truncate(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     """
     return _where_any(
         (top_k > 0) | (top_p < 1) | (min_p > 0),
-        lambda: jnp.where(_kept(scaled, top_k, top_p, min_p), scaled, -jnp.inf),
+        lambda: jnp.where(_kept(scaled, top_k, top_p, min_p, target), scaled, -jnp.inf),
         scaled,
+        target,
     )
 
 
 def _where_any(
-    rows: jax.Array, compute: Callable[[], jax.Array], otherwise: jax.Array
+    rows: jax.Array, compute: Callable[[], jax.Array], otherwise: jax.Array, target: Target
 ) -> jax.Array:
     """compute(), which gives `otherwise` unless it concerns one of the rows, bool [rows].
 
     Only a CPU looks before it computes: with an accelerator the host would have to wait for the
     answer, and with it all steps that it could dispatch ahead.
     """
-    result: jax.Array = lax.platform_dependent(
-        cpu=lambda: lax.cond(jnp.any(rows), compute, lambda: otherwise), default=compute
-    )
+    if target.platform != "cpu":
+        return compute()
+    result: jax.Array = lax.cond(jnp.any(rows), compute, lambda: otherwise)
     return result
 
 
-def _kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+def _kept(
+    scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, target: Target
+) -> jax.Array:
     """Which tokens stay, bool [rows, vocab]."""
     ratio = jnp.exp(scaled)
     # Barriers keep XLA from computing these again in each pass.
     keys = lax.optimization_barrier(_keys(scaled))
     none = jnp.zeros(scaled.shape[0], jnp.uint32)
-    lowest = _where_any(top_k > 0, lambda: _top_k_threshold(keys, top_k), none)
+    lowest = _where_any(top_k > 0, lambda: _top_k_threshold(keys, top_k), none, target)
     of_top_k = keys >= lowest[:, None]
     weights = lax.optimization_barrier(jnp.where(of_top_k, _weights(ratio), 0))
-    lightest = _where_any(top_p < 1, lambda: _top_p_threshold(weights, top_p), none)
+    lightest = _where_any(top_p < 1, lambda: _top_p_threshold(weights, top_p), none, target)
     kept: jax.Array = of_top_k & (weights >= lightest[:, None]) & (ratio >= min_p[:, None])
     return kept
 

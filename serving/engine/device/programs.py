@@ -263,7 +263,7 @@ class ProgramBuilder:
                 # The token being drawn stands right behind the `lengths` tokens seen.
                 tokens = sample(
                     logits, lengths, _sampling(more[0]), *more[1:],
-                    truncates=kind is not HeadKind.SAMPLED,
+                    truncates=kind is not HeadKind.SAMPLED, target=self._target,
                 )  # fmt: skip
             if kind is HeadKind.COMPLETE:
                 logprobs = token_logprobs(logits, tokens, shapes.max_logprobs)
