@@ -92,28 +92,29 @@ def sample(
 
 
 def token_logprobs(
-    logits: jax.Array, tokens: jax.Array, count: int
+    logits: jax.Array, tokens: jax.Array, count: int, target: Target = CPU
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities under the model's own distribution: no mask, temperature 1.
 
-    logits float32 [rows, vocab], tokens int32 [rows]. Returns those of `tokens` float32 [rows],
-    and of the `count` best tokens, best first: ids int32 [rows, count], float32 [rows, count].
+    logits float32 [rows, vocab], finite; tokens int32 [rows]. Returns those of `tokens`, float32
+    [rows], and of the `count` best tokens, best first: ids int32 [rows, count], float32
+    [rows, count].
     """
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normaliser
-    best, ids = _best(logits, count)
+    best, ids = _best(logits, count, target)
     return chosen, ids, best - normaliser[:, None]
 
 
-def _best(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _best(logits: jax.Array, count: int, target: Target) -> tuple[jax.Array, jax.Array]:
     """The `count` largest of each row and their ids int32, of equals the lowest ids first.
 
-    They lie in the `count` groups of neighbours with the largest maxima, so that is all that has
-    to be put in order: accelerators sort the whole of what lax.top_k is given.
+    They lie in the `count` groups of neighbours with the largest maxima, so only those have to be
+    put in order: a GPU sorts all that lax.top_k is given. On a TPU cutting rows up is a copy.
     """
     rows, vocab = logits.shape
     groups = -(-vocab // _GROUP)
-    if groups <= count:
+    if groups <= count or target.platform == "tpu":
         best, ids = lax.top_k(logits, count)
         return best, ids.astype(jnp.int32)
     missing = groups * _GROUP - vocab

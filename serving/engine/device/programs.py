@@ -266,7 +266,7 @@ class ProgramBuilder:
                     truncates=kind is not HeadKind.SAMPLED, target=self._target,
                 )  # fmt: skip
             if kind is HeadKind.COMPLETE:
-                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs)
+                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs, self._target)
             last_tokens = last_tokens.at[rows].set(tokens, mode="drop")
             return tokens, last_tokens, jnp.where(lengths > 0, lengths + 1, 0), *logprobs
 
