@@ -35,8 +35,9 @@ def truncate(
     Top-k keeps all tokens at least as probable as the k-th best. Top-p keeps, of what top-k left
     and renormalised, the fewest best tokens that hold a mass of at least top_p, and those as
     probable as the last of them. Min-p keeps tokens at least min_p times as probable as the best.
-    Top-p counts in probabilities relative to the best token's, rounded to multiples of 2^-24, and
-    takes those for equally probable that round to the same.
+    Top-p counts in probabilities relative to the best token's, as multiples of 1 / (2^24 - 1),
+    and takes those for equally probable that round to the same multiple: what float32 could add
+    to a mass is no finer.
 
     scaled float32 [rows, vocab], vocab below 2^19: logits divided by the temperature, 0 for the
     best token of each row, -inf for what may not be drawn. top_k int32 [rows] (0: all), top_p

@@ -60,7 +60,7 @@ def test_heads_neither_sort_the_vocabulary_nor_let_the_host_wait(tensor: int) ->
     lowerings = builder(tensor, 128, 64).lowerings([8], [256])
     for kind in HeadKind:
         text = lowerings["head", 8, kind]().as_text()
-        # XLA reads the predicate of either on the host; a loop of so many passes has none.
+        # XLA reads their predicates on the host, which it need not for a loop of so many passes.
         assert "stablehlo.case" not in text, kind
         assert "stablehlo.if" not in text, kind
         # Log-probabilities order the 20 largest of 1,002 groups and what is in them.
