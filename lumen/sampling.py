@@ -7,15 +7,19 @@ which depends on an order of summation.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from lumen_kernels.target import CPU, Target
+
+from lumen.truncation import truncate
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are 0: dividing by them says nothing float32 can hold."""
+
+_GROUP = 128  # neighbours among which the largest logit is found first, for log-probabilities
 
 
 @functools.partial(
@@ -52,6 +56,9 @@ def sample(
     positions: jax.Array,
     params: SamplingArrays,
     mask: jax.Array | None = None,
+    *,
+    truncates: bool = True,
+    target: Target = CPU,
 ) -> jax.Array:
     """Draw one token per row.
 
@@ -62,18 +69,22 @@ def sample(
     Temperature 0 (below GREEDY_BELOW) takes the best allowed token.
 
     logits float32 [rows, vocab], finite; positions int32 [rows], of the tokens being drawn; mask
-    as in `sample_greedy`. Returns int32 [rows].
+    as in `sample_greedy`. truncates: False leaves top-k, top-p and min-p out, for batches in which
+    no row that draws asks for any: it draws the same tokens there. target: what it is traced for;
+    the draws are the same for all. Returns int32 [rows].
     """
     greedy = params.temperature < GREEDY_BELOW
     logits = _allowed(logits, mask)
     scaled = logits - jnp.max(logits, axis=1, keepdims=True)
     scaled = scaled / jnp.where(greedy, 1.0, params.temperature)[:, None]
-    truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
-    scaled = lax.cond(
-        jnp.any(truncates & ~greedy),
-        lambda: jnp.where(_kept(scaled, params, greedy), scaled, -jnp.inf),
-        lambda: scaled,
-    )
+    if truncates:
+        scaled = truncate(
+            scaled,
+            jnp.where(greedy, 0, params.top_k),
+            jnp.where(greedy, 1.0, params.top_p),
+            jnp.where(greedy, 0.0, params.min_p),
+            target,
+        )
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(params.seed, positions, scaled.shape[1])
     scores = scaled + jnp.where(greedy[:, None], 0.0, noise)
     # Without the barrier XLA's CPU backend computes the noise inside the argmax, not vectorised.
@@ -81,17 +92,40 @@ def sample(
 
 
 def token_logprobs(
-    logits: jax.Array, tokens: jax.Array, count: int
+    logits: jax.Array, tokens: jax.Array, count: int, target: Target = CPU
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities under the model's own distribution: no mask, temperature 1.
 
-    logits float32 [rows, vocab], tokens int32 [rows]. Returns those of `tokens` float32 [rows],
-    and of the `count` best tokens, best first: ids int32 [rows, count], float32 [rows, count].
+    logits float32 [rows, vocab], finite; tokens int32 [rows]. Returns those of `tokens`, float32
+    [rows], and of the `count` best tokens, best first: ids int32 [rows, count], float32
+    [rows, count].
     """
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - normaliser
-    best, ids = lax.top_k(logits, count)
-    return chosen, ids.astype(jnp.int32), best - normaliser[:, None]
+    best, ids = _best(logits, count, target)
+    return chosen, ids, best - normaliser[:, None]
+
+
+def _best(logits: jax.Array, count: int, target: Target) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of each row and their ids int32, of equals the lowest ids first.
+
+    They lie in the `count` groups of neighbours with the largest maxima, so only those have to be
+    put in order: a GPU sorts all that lax.top_k is given. On a TPU cutting rows up is a copy.
+    """
+    rows, vocab = logits.shape
+    groups = -(-vocab // _GROUP)
+    if groups <= count or target.platform == "tpu":
+        best, ids = lax.top_k(logits, count)
+        return best, ids.astype(jnp.int32)
+    missing = groups * _GROUP - vocab
+    padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    grouped = padded.reshape(rows, groups, _GROUP)
+    _, chosen = lax.top_k(jnp.max(grouped, axis=2), count)
+    chosen = jnp.sort(chosen, axis=1)  # candidates in the order of their ids
+    candidates = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1)
+    best, places = lax.top_k(candidates.reshape(rows, count * _GROUP), count)
+    ids = jnp.take_along_axis(chosen, places // _GROUP, axis=1) * _GROUP + places % _GROUP
+    return best, ids.astype(jnp.int32)
 
 
 def _allowed(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -107,72 +141,3 @@ def _noise(seed: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
     """Gumbel noise of one row, float32 [vocab]; entry i does not depend on vocab."""
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
     return jax.random.gumbel(key, (vocab,), jnp.float32)
-
-
-def _kept(scaled: jax.Array, params: SamplingArrays, greedy: jax.Array) -> jax.Array:
-    """Which tokens top-k, top-p and min-p leave, bool [rows, vocab]; the best of scaled is 0."""
-    # Barriers keep XLA from computing these again in each of the 32 passes.
-    order = lax.optimization_barrier(_ordered_bits(scaled))
-    ratio = jnp.exp(scaled)
-    wants_k = (params.top_k > 0) & ~greedy
-    wants_p = (params.top_p < 1) & ~greedy
-
-    def top_k_threshold() -> jax.Array:
-        wanted = jnp.where(wants_k, params.top_k, scaled.shape[1] + 1)  # never enough: threshold 0
-        return _largest_threshold(
-            lambda t: jnp.sum(order >= t[:, None], axis=1, dtype=jnp.int32) >= wanted, order
-        )
-
-    def no_threshold() -> jax.Array:
-        return jnp.zeros(scaled.shape[0], jnp.uint32)
-
-    threshold = lax.cond(jnp.any(wants_k), top_k_threshold, no_threshold)
-
-    def top_p_threshold() -> jax.Array:
-        masses = jnp.where(order >= threshold[:, None], _fixed_point(ratio), jnp.uint32(0))
-        masses = lax.optimization_barrier(masses)
-        wanted = jnp.where(wants_p, params.top_p, jnp.inf) * _sum_fixed_point(masses)
-        return _largest_threshold(
-            lambda t: _sum_fixed_point(jnp.where(order >= t[:, None], masses, 0)) >= wanted, order
-        )
-
-    threshold = jnp.maximum(threshold, lax.cond(jnp.any(wants_p), top_p_threshold, no_threshold))
-    kept: jax.Array = (order >= threshold[:, None]) & (ratio >= params.min_p[:, None])
-    return kept
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 keys that sort as the float32 values do; -0.0 counts as 0.0."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest_threshold(enough: Callable[[jax.Array], jax.Array], order: jax.Array) -> jax.Array:
-    """The largest uint32 t per row for which enough(t) holds, 0 if it holds for none.
-
-    Built bit by bit from the top, in 32 passes over the logits. Beside a sort of the vocabulary
-    that is 5 to 15 times faster on a CPU (16 rows of 49,152) and about even on an H200 (faster at
-    32 rows of 128,256 and fewer, slower at 256).
-    """
-
-    def try_bit(i: jax.Array, t: jax.Array) -> jax.Array:
-        higher = t | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(higher), higher, t)
-
-    threshold: jax.Array = lax.fori_loop(0, 32, try_bit, jnp.zeros(order.shape[0], jnp.uint32))
-    return threshold
-
-
-def _fixed_point(weights: jax.Array) -> jax.Array:
-    """Weights in [0, 1] as multiples of 2^-24, uint32: their sum is the same in any order."""
-    return jnp.round(weights * 2.0**24).astype(jnp.uint32)
-
-
-def _sum_fixed_point(masses: jax.Array) -> jax.Array:
-    """Sum over the vocabulary, uint32 [rows, vocab] up to 2^24 each to float32 [rows].
-
-    In two halves that do not overflow with up to 2^19 tokens.
-    """
-    high = jnp.sum(masses >> 12, axis=1, dtype=jnp.uint32)
-    low = jnp.sum(masses & 0xFFF, axis=1, dtype=jnp.uint32)
-    return high.astype(jnp.float32) * 2.0**12 + low.astype(jnp.float32)

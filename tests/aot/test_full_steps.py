@@ -15,6 +15,12 @@ from tools.aot.topologies import HBM_BYTES, slices_named
 
 MIB = 1 << 20
 GENERATIONS = list(HBM_BYTES)
+COPIES_OF_LOGITS = {
+    HeadKind.GREEDY: 1,
+    HeadKind.SAMPLED: 3,
+    HeadKind.TRUNCATED: 4,
+    HeadKind.COMPLETE: 5,
+}
 
 
 def deployment(model, generation, width, **settings):
@@ -42,9 +48,8 @@ def most_temporaries(planned, key):
         widths = 3 * model.intermediate_size // width + 4 * model.hidden_size
         return 64 * MIB + key[1] * widths * 2
     if key[0] == "head":
-        # Logits, gathered from all devices; sampling sorts them and keeps their places.
-        copies = 1 if key[2] is HeadKind.GREEDY else 5
-        return 64 * MIB + copies * key[1] * model.vocab_size * 4
+        # Logits, gathered from all devices; what thresholds are searched in; the best of all.
+        return 64 * MIB + COPIES_OF_LOGITS[key[2]] * key[1] * model.vocab_size * 4
     return 64 * MIB
 
 

@@ -1,5 +1,6 @@
 """Sampling: distributions against a numpy reference, and independence of everything else."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from lumen_kernels.target import CPU, HOPPER, Backend, Target
 
 from lumen.sampling import SamplingArrays, _noise, sample, sample_greedy, token_logprobs
 
 VOCAB = 100
 DRAWS = 4096
-jitted_sample = jax.jit(sample)
+jitted_sample = jax.jit(sample, static_argnames=("truncates", "target"))
+TPU = Target(Backend.MOSAIC_TPU, "tpu")
 
 
 def arrays(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
@@ -179,6 +182,28 @@ def test_a_draw_does_not_depend_on_tensor_parallelism():
     np.testing.assert_array_equal(spread(logits, positions, params), drawn_alone(logits, 17))
 
 
+@pytest.mark.parametrize("target", [HOPPER, TPU], ids=lambda target: target.platform)
+def test_a_draw_does_not_depend_on_the_target(target):
+    logits = logits_of(5, 3001)
+    params = SamplingArrays(**{k: jnp.asarray(v) for k, v in MIXED.items()})
+    positions = jnp.full(5, 17, jnp.int32)
+    tokens = jitted_sample(logits, positions, params, target=target)
+    np.testing.assert_array_equal(tokens, drawn_alone(logits, 17))
+
+
+def test_rows_that_truncate_nothing_draw_the_same_without_the_filters():
+    logits = logits_of(64, 3001)
+    positions = jnp.arange(64, dtype=jnp.int32)
+    params = arrays(64, temperature=np.tile([0, 0.5, 1, 2], 16), seed=np.arange(64))
+    # Rows at temperature 0 take the best whatever their filters say.
+    greedy = params.temperature == 0
+    params = dataclasses.replace(params, top_p=jnp.where(greedy, 0.5, 1.0))
+    without = jitted_sample(logits, positions, params, truncates=False)
+    for target in (CPU, HOPPER):
+        tokens = jitted_sample(logits, positions, params, target=target)
+        np.testing.assert_array_equal(tokens, without)
+
+
 def test_noise_has_the_same_bits_in_any_batch_and_vocabulary():
     batch = jax.jit(jax.vmap(_noise, in_axes=(0, 0, None)), static_argnums=2)
     seeds, positions = jnp.arange(5, dtype=jnp.uint32), jnp.arange(5, dtype=jnp.int32) + 9
@@ -213,3 +238,17 @@ def test_logprobs_are_those_of_the_unmasked_model():
     np.testing.assert_allclose(chosen, expected[np.arange(3), np.asarray(tokens)], atol=1e-5)
     np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1)[:, :4])
     np.testing.assert_allclose(best, -np.sort(-expected, axis=1)[:, :4], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [HOPPER, TPU], ids=lambda target: target.platform)
+@pytest.mark.parametrize("vocab", [4096, 5000])
+def test_the_best_of_a_large_vocabulary_come_in_order_equals_by_id(vocab, target):
+    logits = np.round(logits_of(6, vocab))
+    logits[5] = 0
+    tokens = jnp.zeros(6, jnp.int32)
+    _, ids, best = jax.jit(token_logprobs, static_argnums=(2, 3))(logits, tokens, 20, target)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(ids, expected)
+    wide = logits.astype(np.float64)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(best, np.take_along_axis(wide, expected, axis=1), atol=1e-5)

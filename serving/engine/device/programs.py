@@ -28,7 +28,8 @@ class HeadKind(enum.Enum):
     """What a head program computes. Each does all that those before it do."""
 
     GREEDY = "greedy"
-    SAMPLED = "sampled"
+    SAMPLED = "sampled"  # temperature; top-k, top-p and min-p are not looked at
+    TRUNCATED = "truncated"
     COMPLETE = "complete"  # masks and log-probabilities too
 
 
@@ -54,7 +55,7 @@ class Programs:
     schedule: how attention of this step is cut over the chip, the same for all layers; a tuple,
     empty where the backend needs none. rows: num_rows marks a padding row. lengths: tokens
     including the one being run, 0 for padding.
-    more: sampling [5, b] for SAMPLED and COMPLETE, then masks uint32 [b, words] for COMPLETE.
+    more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
     hidden and arena are donated, except the hidden of prefill_last.
     """
 
@@ -260,9 +261,12 @@ class ProgramBuilder:
                 tokens = sample_greedy(logits)
             else:
                 # The token being drawn stands right behind the `lengths` tokens seen.
-                tokens = sample(logits, lengths, _sampling(more[0]), *more[1:])
+                tokens = sample(
+                    logits, lengths, _sampling(more[0]), *more[1:],
+                    truncates=kind is not HeadKind.SAMPLED, target=self._target,
+                )  # fmt: skip
             if kind is HeadKind.COMPLETE:
-                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs)
+                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs, self._target)
             last_tokens = last_tokens.at[rows].set(tokens, mode="drop")
             return tokens, last_tokens, jnp.where(lengths > 0, lengths + 1, 0), *logprobs
 

@@ -23,6 +23,7 @@ class RowState:
         self._kv_len: Int32 = np.zeros(num_rows + 1, np.int32)
         self._sampling: Int32 = np.zeros((num_rows + 1, SAMPLING_FIELDS), np.int32)
         self._draws: npt.NDArray[np.bool_] = np.zeros(num_rows + 1, np.bool_)
+        self._truncates: npt.NDArray[np.bool_] = np.zeros(num_rows + 1, np.bool_)
         self._wants_logprobs: npt.NDArray[np.bool_] = np.zeros(num_rows + 1, np.bool_)
         self._stops: list[frozenset[int]] = [frozenset()] * (num_rows + 1)
         self.tables_version = 0
@@ -36,6 +37,9 @@ class RowState:
             self._kv_len[row] = assignment.kv_len
             self._stops[row] = frozenset(assignment.stop_token_ids)
             self._draws[row] = sampling.temperature > 0
+            self._truncates[row] = self._draws[row] and (
+                sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+            )
             self._wants_logprobs[row] = sampling.logprobs is not None
             floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], np.float32)
             bits = floats.view(np.int32)
@@ -81,6 +85,8 @@ class RowState:
         """The cheapest head program that serves these rows."""
         if masked or self._wants_logprobs[rows].any():
             return HeadKind.COMPLETE
+        if self._truncates[rows].any():
+            return HeadKind.TRUNCATED
         return HeadKind.SAMPLED if self._draws[rows].any() else HeadKind.GREEDY
 
     def wants_logprobs(self, rows: Int32) -> bool:

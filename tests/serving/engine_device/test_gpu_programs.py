@@ -1,6 +1,7 @@
 """Every program of a replica is lowered for Hopper GPUs, on a machine without one."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ from lumen.presets import preset
 from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.program_shapes import ProgramShapes
-from serving.engine.device.programs import ProgramBuilder
+from serving.engine.device.programs import HeadKind, ProgramBuilder
 
 LAYERS = 4
+MAX_LOGPROBS = 20
 KERNEL = "custom_call @mosaic_gpu"
 
 
@@ -30,7 +32,7 @@ def builder(tensor: int, head_dim: int, block_size: int) -> ProgramBuilder:
         slot_shape(block_size, head_dim, HOPPER), jnp.bfloat16,
     )  # fmt: skip
     defs = model_defs(config, heads, jnp.bfloat16)
-    shapes = ProgramShapes(config, defs, mesh, jnp.bfloat16, layout, 64, 32, 5)
+    shapes = ProgramShapes(config, defs, mesh, jnp.bfloat16, layout, 64, 32, MAX_LOGPROBS)
     return ProgramBuilder(shapes, HOPPER, ("cuda",))
 
 
@@ -51,3 +53,19 @@ def test_programs_lower_for_hopper(tensor: int, head_dim: int, block_size: int) 
         # each of the four shapes of matrices.
         assert 2 <= kernels <= 6, key
         assert "tf.aliasing_output" in text or "jax.buffer_donor" in text, key
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_heads_neither_sort_the_vocabulary_nor_let_the_host_wait(tensor: int) -> None:
+    lowerings = builder(tensor, 128, 64).lowerings([8], [256])
+    for kind in HeadKind:
+        text = lowerings["head", 8, kind]().as_text()
+        # XLA reads their predicates on the host, which it need not for a loop of so many passes.
+        assert "stablehlo.case" not in text, kind
+        assert "stablehlo.if" not in text, kind
+        # Log-probabilities order the 20 largest of 1,002 groups and what is in them.
+        sorts = re.findall(r'"stablehlo.sort".*?\}\) : \(tensor<8x(\d+)x', text, re.DOTALL)
+        sorts += re.findall(r"chlo.top_k.*tensor<8x(\d+)xf32> ->", text)
+        best = (MAX_LOGPROBS, 1002, MAX_LOGPROBS * 128)
+        assert [int(size) for size in sorts] == ([*best] if kind is HeadKind.COMPLETE else [])
+        assert text.count("stablehlo.sort") + text.count("chlo.top_k") == len(sorts)

@@ -166,6 +166,21 @@ def test_draws_depend_on_seed_and_position_only(driver, prompt):
     assert driver.generate(0, np.concatenate([tokens, drawn[:4]]), 6, DRAW) == drawn[4:]
 
 
+def test_draws_do_not_depend_on_how_the_batch_is_sampled(driver, prompt):
+    plain = SamplingParams(temperature=1.0, seed=3)
+    kinds = [plain, DRAW, SamplingParams(temperature=0.0), SamplingParams(seed=4, logprobs=2)]
+    prompts = [prompt(n, seed=n) for n in (6, 11, 16, 21)]
+    alone = [driver.generate(0, p, 8, kind) for p, kind in zip(prompts, kinds, strict=True)]
+    # One row more at a time: sampled, truncated, truncated, complete.
+    for rows in range(1, 5):
+        batch = type(driver)(driver.executor, seed=rows)
+        first = [
+            int(batch.start(row, prompts[row], kinds[row]).tokens[0, 0]) for row in range(rows)
+        ]
+        rest = batch.decode(range(rows), 7).tolist()
+        assert [[head, *tail] for head, tail in zip(first, rest, strict=True)] == alone[:rows]
+
+
 def test_two_devices_give_the_tokens_of_one(driver, drive, weights, prompt, cache_dir):
     config = DeviceExecutorConfig(
         max_model_len=128,
