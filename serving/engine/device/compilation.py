@@ -1,6 +1,7 @@
 """Compiling ahead of time: in parallel, once for all starts, and never while serving."""
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -81,7 +82,10 @@ def compile_all(
     """
     compiled: dict[str, Compiled] = {}
     lowering = threading.Lock()
-    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+    with (
+        _without_collections(),
+        ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
+    ):
         waiting = {
             pool.submit(_load_or_compile, name, source, lowering, cache): name
             for name, source in sources.items()
@@ -96,6 +100,22 @@ def compile_all(
                 future.cancel()
             raise
     return compiled
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage collection: lowering makes many objects, and hardly any of them in cycles.
+
+    Collections took a tenth of the time (7 units of the 8B shape lowered for Hopper on a CPU: 8.1 s
+    of processor time with them, 7.3 without, for 12 MiB more memory).
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _load_or_compile(

@@ -111,8 +111,7 @@ def open_program_cache(
         check_trusted(root)
         folder.mkdir(mode=0o700, exist_ok=True)
         check_trusted(folder)
-        os.utime(folder)  # used now
-        _write(folder / "identity.json", json.dumps(identity, indent=1).encode())
+        _write(folder / "identity.json", json.dumps(identity, indent=1).encode())  # used now
     except OSError as error:
         _log.warning("No executables are kept in %s: %s", root, error)
         return None

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import logging
 import os
@@ -181,37 +182,31 @@ jax.config.update("jax_num_cpu_devices", 4)
 from lumen.presets import preset
 from lumen.random_weights import RandomWeights
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
-told = []
 build_device_executor(
     RandomWeights(preset("tiny-smollm"), "tiny-smollm"), jax.devices()[1:2],
     DeviceExecutorConfig(
         max_model_len=64, num_rows=1, num_blocks=32, max_prefill_tokens=16, prefill_buckets=(16,),
         cache_dir=Path(sys.argv[1]),
     ),
-    lambda done, total, what: told.append(what),
 )
-print(sum(what.endswith("(loaded)") for what in told))
 """
 
 
-def child(folder: Path) -> subprocess.Popen[str]:
-    search = os.pathsep.join(sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": search},
-    )  # fmt: skip
-
-
-def test_processes_may_start_at_once(tmp_path):
-    started = [child(tmp_path / "cache") for _ in range(2)]
-    for process in started:
+def test_processes_may_start_at_once_and_others_load_what_they_kept(weights, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(tmp_path)],
+            stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in children:
         _, said = process.communicate()
         assert process.returncode == 0, said
-    last = child(tmp_path / "cache")
-    counted, said = last.communicate()
-    assert (last.returncode, counted.strip()) == (0, str(PROGRAMS)), said
-    assert not list((tmp_path / "cache").rglob(".writing-*"))
+    assert not list(tmp_path.rglob(".writing-*"))
+    _, names = start(weights, tmp_path)
+    assert loaded(names) == PROGRAMS
 
 
 def mesh_of(*numbers: int) -> Mesh:
@@ -438,6 +433,18 @@ def test_tpus_load_only_with_device_zero():
     assert may_load([Chip(0), Chip(1)])
     assert not may_load([Chip(1)])
     assert may_load([Chip(1, "gpu")])
+
+
+def test_collections_pause_while_programs_are_made(tmp_path):
+    seen: list[bool] = []
+
+    def lower():
+        seen.append(gc.isenabled())
+        raise ValueError("no such program")
+
+    with pytest.raises(ValueError, match="no such program"):
+        compile_all({"broken": Source(lower, ())}, 1, lambda *what: None)
+    assert (seen, gc.isenabled()) == ([False], True)
 
 
 def test_jax_caches_nothing_meanwhile():
