@@ -53,8 +53,8 @@ class ModelSettings:
     )
     cache_dir: str = _setting(
         "",
-        "Folder for converted checkpoints and compiled programs. Empty: lumen in the user's cache "
-        "folder.",
+        "Folder for converted checkpoints and compiled programs; the latter are trusted like Lumen "
+        "itself, so nobody else may write there. Empty: lumen in the user's cache folder.",
     )
 
 
@@ -104,7 +104,12 @@ class BatchSettings:
         unset="what memory leaves; on a CPU, enough for all rows at full length, at most 1 GiB",
     )
     memory_fraction: float = _setting(
-        0.9, "Share of a GPU's or TPU's memory for weights and KV.", minimum=0.05, maximum=0.98
+        0.9,
+        "Share of a GPU's or TPU's memory for weights and KV. Of a GPU, JAX takes at most a "
+        "twentieth more to work in, unless XLA_CLIENT_MEM_FRACTION in the environment says how "
+        "much.",
+        minimum=0.05,
+        maximum=0.98,
     )
     prefix_cache: bool = _setting(True, "Reuse the KV of prompts that start alike.")
 

@@ -1,10 +1,12 @@
 """Starts JAX as the settings say and hands out its devices."""
 
+import os
+
 import jax
 
 from serving.errors import ConfigurationError
 from serving.launch.config import ServeConfig
-from serving.launch.model import cache_dir
+from serving.launch.gpu_memory import claim_for_jax
 
 DEFAULT_CPU_REPLICAS = 2
 
@@ -16,18 +18,15 @@ def start_jax(config: ServeConfig) -> list[list[jax.Device]]:
     """Configure and start the backend; the devices of each replica, in the order of its mesh.
 
     Call before anything else touches a device. Raises ConfigurationError if the platform is not
-    there or has too few devices.
+    there, has too few devices, or is to share its memory in a way that makes no sense.
     """
     settings = config.devices
     width = settings.tensor_parallel
     jax.config.update("jax_num_cpu_devices", (settings.replicas or DEFAULT_CPU_REPLICAS) * width)
     if settings.platform != "auto":
         jax.config.update("jax_platforms", _PLATFORMS[settings.platform])
-    programs = cache_dir(config.model) / "programs"
-    jax.config.update("jax_compilation_cache_dir", str(programs))
-    # Every program is kept: a restarted worker then compiles nothing.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if settings.platform in ("auto", "gpu"):
+        claim_for_jax(config.batching.memory_fraction, os.environ)
     try:
         devices = jax.devices()
     except RuntimeError as error:

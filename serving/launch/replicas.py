@@ -1,6 +1,8 @@
 """From settings to replicas: an engine core and its device executor for each."""
 
-import functools
+import logging
+import os
+from collections.abc import Callable
 
 import jax
 from rich.progress import Progress, TaskID
@@ -8,9 +10,13 @@ from rich.progress import Progress, TaskID
 from serving.engine.config import EngineConfig
 from serving.engine.core import EngineCore
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
+from serving.engine.device.build import LOADED, WEIGHTS
 from serving.engine.executor import Executor
 from serving.launch.config import ServeConfig
-from serving.launch.model import ServedModel
+from serving.launch.gpu_memory import share_of_jax
+from serving.launch.model import ServedModel, cache_dir
+
+_log = logging.getLogger(__name__)
 
 _CPU_CHUNK_TOKENS = 128
 """Longer chunks gain nothing on a CPU (SmolLM2's matrices on 2 cores: 1.6 ms per token at 128,
@@ -30,7 +36,7 @@ def build_replicas(
     replicas: list[tuple[EngineCore, Executor]] = []
     for number, mine in enumerate(devices):
         bar = progress.add_task(f"replica {number}: loading weights, compiling", total=None)
-        advance = functools.partial(_show, progress, bar)
+        advance = _shown(progress, bar, number)
         settings = executor_config(config, model, mine[0].platform)
         executor = build_device_executor(model.resolved.source, mine, settings, advance)
         core = EngineCore(executor.limits, engine_config(config, model, number))
@@ -47,15 +53,19 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
     chunk = min(batching.token_budget, model.max_model_len)
     if platform == "cpu":
         chunk = min(chunk, _CPU_CHUNK_TOKENS)
+    memory_fraction = batching.memory_fraction
+    if platform == "gpu":
+        memory_fraction = share_of_jax(memory_fraction, os.environ)
     return DeviceExecutorConfig(
         max_model_len=model.max_model_len,
         num_rows=batching.num_rows,
         block_size=batching.block_size,
         num_blocks=batching.num_blocks,
-        memory_fraction=batching.memory_fraction,
+        memory_fraction=memory_fraction,
         max_prefill_tokens=chunk,
         max_prefills=batching.max_prefills,
         dtype=dtype,
+        cache_dir=cache_dir(config.model) / "programs",
     )
 
 
@@ -70,5 +80,21 @@ def engine_config(config: ServeConfig, model: ServedModel, replica: int) -> Engi
     )
 
 
-def _show(progress: Progress, bar: TaskID, done: int, total: int, what: str) -> None:
-    progress.update(bar, completed=done, total=total)
+def _shown(progress: Progress, bar: TaskID, replica: int) -> Callable[[int, int, str], None]:
+    """Shows how far a replica is, and how many programs came ready from an earlier start."""
+    loaded = compiled = 0
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal loaded, compiled
+        if what.endswith(LOADED):
+            loaded += 1
+        elif what != WEIGHTS:
+            compiled += 1
+        _log.debug("replica %d, %d of %d: %s", replica, done, total, what)
+        made = f"{loaded} programs loaded, {compiled} compiled"
+        step = made if loaded or compiled else "loading weights"
+        progress.update(bar, completed=done, total=total, description=f"replica {replica}: {step}")
+        if done == total:
+            _log.info("replica %d: %s", replica, made)
+
+    return show

@@ -1,6 +1,7 @@
 """From a source of weights to an executor that is ready to serve."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +13,28 @@ from lumen.model import LoadedModel, load_model
 from lumen.sharding import TENSOR_AXIS
 from lumen.tensor_source import TensorSource
 from serving.engine.device.arena import ArenaLayout, arena_layout
-from serving.engine.device.compilation import compile_all, persistent_cache
+from serving.engine.device.compilation import Source, compile_all, jax_cache, without_jax_cache
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.device.executor import DeviceExecutor
 from serving.engine.device.memory import device_memory
+from serving.engine.device.program_arguments import ArgumentLister
+from serving.engine.device.program_cache import ProgramCache, open_program_cache
+from serving.engine.device.program_identity import replica_identity
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 
 BuildProgress = Callable[[int, int, str], None]
-"""Called with (done, total, name): weights loaded and programs compiled, one count for both."""
+"""Called with (done, total, what): weights loaded and programs made, one count for both.
+
+what: WEIGHTS, a program's name, or its name followed by LOADED if no compiler was needed.
+"""
+
+WEIGHTS = "weights"
+LOADED = " (loaded)"
+
+_EXECUTABLES = "executables"
 
 
 def build_device_executor(
@@ -34,8 +46,9 @@ def build_device_executor(
     """Load the weights onto the devices, allocate the arena, compile every program.
 
     devices: of one platform; more than one are used tensor-parallel. Raises ConfigurationError if
-    the settings do not fit the model or the memory (saying what would), CheckpointError and
-    ModelConfigError if the weights do not fit the model.
+    the settings do not fit the model or the memory (saying what would), or if others may write to
+    the cache of executables; CheckpointError and ModelConfigError if the weights do not fit the
+    model.
     """
     limit = source.config.max_position
     if config.max_model_len > limit:
@@ -54,8 +67,8 @@ def build_device_executor(
         if progress is not None:
             progress(done, total, name)
 
-    with persistent_cache(config.cache_dir, devices):
-        model = load_model(source, mesh, config.dtype, lambda count, of: advance("weights"))
+    with jax_cache(config.cache_dir, devices):
+        model = load_model(source, mesh, config.dtype, lambda count, of: advance(WEIGHTS))
         jax.block_until_ready((model.embedding, model.units, model.head))
         layout = arena_layout(
             model.config, model.heads, model.dtype, config, device_memory(devices),
@@ -99,17 +112,39 @@ def _compile(
         model.config, model.defs, model.mesh, model.dtype, layout, limits.num_rows,
         limits.max_blocks_per_row, limits.max_logprobs,
     )  # fmt: skip
-    lowerings = ProgramBuilder(shapes).lowerings(config.decode_buckets, config.chunk_buckets)
-    names = {key: " ".join(str(_word(part)) for part in key) for key in lowerings}
-    compiled = compile_all(
-        {names[key]: lower for key, lower in lowerings.items()}, config.compile_threads, advance
-    )
+    buckets = (config.decode_buckets, config.chunk_buckets)
+    arguments = ArgumentLister(shapes).arguments(*buckets)
+    sources = {
+        key: Source(lower, arguments[key])
+        for key, lower in ProgramBuilder(shapes).lowerings(*buckets).items()
+    }
+    names = {key: " ".join(str(_word(part)) for part in key) for key in sources}
+    with _program_cache(config, shapes) as cache:
+        compiled = compile_all(
+            {names[key]: source for key, source in sources.items()},
+            config.compile_threads,
+            lambda name, loaded: advance(name + LOADED if loaded else name),
+            cache,
+        )
     tables: dict[str, dict[Any, Any]] = {}
-    for key in lowerings:
+    for key in sources:
         kind, *rest = key
         place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
         tables.setdefault(kind, {})[place] = compiled[names[key]]
     return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
+
+
+@contextlib.contextmanager
+def _program_cache(
+    config: DeviceExecutorConfig, shapes: ProgramShapes
+) -> Iterator[ProgramCache | None]:
+    """The executables of this replica, in place of JAX's cache; None: as JAX is configured."""
+    if config.cache_dir is None:
+        yield None
+        return
+    with without_jax_cache():
+        identity = replica_identity(shapes, Target.of(list(shapes.mesh.devices.flat)))
+        yield open_program_cache(config.cache_dir / _EXECUTABLES, shapes.mesh, identity)
 
 
 def _word(part: Any) -> Any:

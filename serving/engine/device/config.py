@@ -21,7 +21,8 @@ class DeviceExecutorConfig:
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV.
     max_logprobs: most alternatives reported per token.
     compile_threads: programs compiled at a time.
-    cache_dir: where compiled programs are kept; None: as JAX is configured.
+    cache_dir: where compiled programs are kept, trusted like the code itself (`program_cache`);
+    None: none are, except as JAX is configured.
     """
 
     max_model_len: int

@@ -1,0 +1,33 @@
+"""What every program takes, said without tracing any."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from serving.engine.device.program_signature import UNTOLD
+from serving.engine.device.programs import ProgramBuilder
+
+
+class ArgumentLister(ProgramBuilder):
+    """Goes the way of a `ProgramBuilder` up to where tracing would begin."""
+
+    def arguments(
+        self, decode_buckets: Sequence[int], chunk_buckets: Sequence[int]
+    ) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+        """The keys of `lowerings` to the arguments of that program: trees of shape structs."""
+        listed: dict[tuple[Any, ...], Any] = {**self.lowerings(decode_buckets, chunk_buckets)}
+        return {key: arguments() for key, arguments in listed.items()}
+
+    def _lower(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        out_specs: Any,
+        donate: tuple[int, ...] = (),
+    ) -> Any:
+        return arguments
+
+    def _zero_arena(self) -> Any:
+        return ()
+
+    def _schedule_shape(self, rows: int) -> Any:
+        return UNTOLD  # only tracing tells
