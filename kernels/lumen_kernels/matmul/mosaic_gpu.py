@@ -13,7 +13,7 @@ Blocks may start at different places of K and go round: side by side they read t
 x at once, from the few slices of the L2 cache that hold them. Neighbours in step read w better,
 though; `staggered` pays with long stages only.
 
-With many rows reading x over and over is what limits: `sharing` blocks of a cluster, each with its
+With many rows, reading x over and over costs as well: `sharing` blocks of a cluster, each with its
 own tile, then load a part of x each and send it to all. In the same way `row_blocks` blocks of a
 cluster multiply one tile with different rows of x, and each sends a part of the tile to all.
 

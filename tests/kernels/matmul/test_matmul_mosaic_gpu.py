@@ -215,3 +215,21 @@ def test_a_row_has_the_same_bits_whatever_the_others_are():
     whole = mosaic_gpu.matmul(x, w, alone, jnp.float32, interpret=True)
     part = mosaic_gpu.matmul(x[:3], w, alone, jnp.float32, interpret=True)
     np.testing.assert_array_equal(whole[:3], part)
+
+
+@pytest.mark.parametrize("m", [17, 72, 130])
+def test_the_operations_run_the_kernel_as_the_rule_cuts_it(m, monkeypatch):
+    monkeypatch.setattr(rule, "_SMALL", 0)
+    two_cores = Target(Backend.MOSAIC_GPU, "gpu", cores=2, interpret=True)
+    x, w = operands(m, 272, 256)
+    w = w * jnp.bfloat16(256**-0.5)
+    assert rule.gated_tiling(m, w.shape, x.dtype, two_cores) is not None
+    out = silu_gated(x, w, target=two_cores)
+    unfused = silu_gated(x, w, target=CPU)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(unfused, np.float32), rtol=0.05, atol=0.02
+    )
+    narrow = w[:112]
+    taken = rule.tiling(m, narrow.shape, x.dtype, x.dtype, two_cores) is not None
+    assert taken == (m <= 128)
+    assert relative_error(matmul(x, narrow, target=two_cores), x, narrow) < 3e-3
