@@ -160,9 +160,8 @@ class DeviceExecutor:
             self._dispatch_decode(flight)
             if plan.steps > 1 and not self._interrupted.is_set():
                 self._dispatch_decode(flight)
-        if plan.prefills:
-            for call in pack_chunks(plan.prefills, self._call_sizes):
-                self._dispatch_prefill(flight, call)
+        for call in pack_chunks(plan.prefills, self._call_sizes):
+            self._dispatch_prefill(flight, call)
 
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""

@@ -50,11 +50,13 @@ def most_sequences(tokens: int, max_prefills: int, batch_sizes: Sequence[int]) -
 
 
 def pack_chunks(chunks: Sequence[PrefillChunk], sizes: Sequence[CallSize]) -> list[PrefillCall]:
-    """Calls that run all chunks, at least one, in order.
+    """Calls that run all chunks, in order.
 
     sizes: ascending in tokens, and not descending in sequences. A chunk may be cut in two or more;
     then only the last part samples.
     """
+    if not chunks:
+        return []
     ends = list(accumulate(chunk.tokens.size for chunk in chunks))
     calls = []
     begin = 0
