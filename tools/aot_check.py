@@ -168,7 +168,7 @@ def _checked(deployment: Deployment) -> Report:
 def _largest(executor: DeviceExecutorConfig) -> Callable[[ProgramKey], bool]:
     def wanted(key: ProgramKey) -> bool:
         of = executor.chunk_buckets if key[0].startswith("prefill") else executor.decode_buckets
-        return len(key) == 1 or key[1] == of[-1]
+        return len(key) == 1 or key[1] == max(of)
 
     return wanted
 

@@ -39,11 +39,13 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32
 _ROWS = flags.DEFINE_integer("num_rows", 256, "Requests run side by side.")
 _BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
 _CHUNKS = flags.DEFINE_list(
-    "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill chunks, ascending."
+    "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
 )
-_PREFILLS = flags.DEFINE_integer("max_prefills", 4, "Prompts that one step works on.")
+_PREFILLS = flags.DEFINE_integer(
+    "max_prefills", 16, "Prompts that one step prefills, packed together."
+)
 _BUDGET = flags.DEFINE_integer(
-    "step_tokens", None, "Tokens of one step. Default: every row and one whole chunk."
+    "step_tokens", None, "Tokens of one step. Default: every row and one whole prefill call."
 )
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 1, "Decode steps of one plan.")
 _DEPTH = flags.DEFINE_integer("pipeline_depth", 2, "Plans submitted at a time, 1 or 2.")

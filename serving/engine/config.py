@@ -16,7 +16,8 @@ class EngineConfig:
         while step n runs.
     decode_steps: decode steps of one plan when nothing waits; more than 1 delays what arrives by
         up to one device step and saves returns to the host.
-    max_step_tokens: token budget of a step, decodes first. None: every row and one whole chunk.
+    max_step_tokens: token budget of a step, decodes first. None: every row and one whole prefill
+        call of the executor, which several prompts share.
     watermark: share of the blocks that stays available when a request is admitted beside others,
         so that it is not preempted right away by their growth.
     prefix_caching: reuse the KV of equal prefixes.

@@ -16,8 +16,9 @@ class ExecutorLimits:
 
     num_rows: batch rows. num_blocks, slots_per_block: the arena. block_size: tokens per block.
     max_model_len: tokens of prompt and output together; a row's table has
-    ceil(max_model_len / block_size) columns. max_prefill_tokens: tokens of one chunk.
-    max_prefills: chunks of one plan. max_logprobs: most alternatives per token.
+    ceil(max_model_len / block_size) columns. max_prefill_tokens: tokens of one chunk, and of all
+    chunks that it runs in one call. max_prefills: chunks of one plan. max_logprobs: most
+    alternatives per token.
     model_revision: identifies weights and numerics for the prefix cache.
     """
 

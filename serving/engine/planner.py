@@ -33,12 +33,14 @@ class SubmittedPlan:
 class _Draft:
     """A plan in the making.
 
+    budget: tokens the step still has room for; prefill_budget: those of prompts among them.
     left_out: decoding requests that sit this step out, by row. stalled_blocks: blocks that such
     requests wait for and that are in flight now. room_coming: a waiting request has preempted
     others, whose blocks it gets when the step in flight ends.
     """
 
     budget: int
+    prefill_budget: int
     left_out: dict[int, ActiveRequest] = field(default_factory=dict)
     chunks: list[tuple[ActiveRequest, int]] = field(default_factory=list)
     stalled_blocks: int = 0
@@ -64,6 +66,9 @@ class Planner:
     ) -> None:
         self._limits = limits
         self._budget = config.step_tokens(limits)
+        # Whole calls of the executor: a few tokens more than fill one would cost another.
+        calls = self._budget // limits.max_prefill_tokens
+        self._prefill_budget = max(calls, 1) * limits.max_prefill_tokens
         self._decode_steps = config.decode_steps
         self._watermark = math.ceil(limits.num_blocks * config.watermark)
         self._batch = batch
@@ -73,7 +78,7 @@ class Planner:
     def plan(self, step_id: int) -> SubmittedPlan | None:
         """The next step, or None if nothing can be done before a running step comes back."""
         steps = self._steps()
-        draft = _Draft(self._budget)
+        draft = _Draft(self._budget, self._prefill_budget)
         short = self._batch.short_of_blocks(steps)
         for priority in Priority:
             if short:
@@ -132,14 +137,17 @@ class Planner:
             len(request.context) - request.prefilled,
             self._limits.max_prefill_tokens,
             draft.budget,
+            draft.prefill_budget,
         )
         if tokens > 0 and len(draft.chunks) < self._limits.max_prefills:
             draft.chunks.append((request, tokens))
             draft.budget -= tokens
+            draft.prefill_budget -= tokens
 
     def _admit(self, draft: _Draft, priority: Priority) -> None:
         """Start waiting requests of a class, in order, while there is room for the next one."""
-        while len(draft.chunks) < self._limits.max_prefills and draft.budget > 0:
+        room = min(draft.budget, draft.prefill_budget)
+        while len(draft.chunks) < self._limits.max_prefills and room > 0:
             if draft.stalled_blocks or self._waiting.higher_waits(priority):
                 return
             request = self._waiting.head(priority)
@@ -156,6 +164,7 @@ class Planner:
             self._waiting.remove(request)
             self._batch.place(request, matched)
             self._take_chunk(draft, request)
+            room = min(draft.budget, draft.prefill_budget)
 
     def _blocks_to_start(self, request: ActiveRequest, matched: list[int], running: int) -> int:
         """Available blocks that admission asks for: the context's, and the watermark."""

@@ -91,7 +91,9 @@ class BatchSettings:
     token_budget: int = _setting(
         512, "Tokens of one step; longer prompts are prefilled in chunks.", minimum=1
     )
-    max_prefills: int = _setting(4, "Prompts that one step works on.", minimum=1, maximum=256)
+    max_prefills: int = _setting(
+        16, "Prompts that one step prefills, packed together.", minimum=1, maximum=256
+    )
     decode_steps: int = _setting(
         1, "Decode steps taken without returning to the host when nothing waits.", minimum=1
     )

@@ -112,13 +112,16 @@ def _compile(
         model.config, model.defs, model.mesh, model.dtype, layout, limits.num_rows,
         limits.max_blocks_per_row, limits.max_logprobs,
     )  # fmt: skip
-    buckets = (config.decode_buckets, config.chunk_buckets)
-    arguments = ArgumentLister(shapes).arguments(*buckets)
+    decode, chunks = config.decode_buckets, config.chunk_buckets
+    arguments = ArgumentLister(shapes).arguments(decode, chunks)
     sources = {
         key: Source(lower, arguments[key])
-        for key, lower in ProgramBuilder(shapes).lowerings(*buckets).items()
+        for key, lower in ProgramBuilder(shapes).lowerings(decode, chunks).items()
     }
     names = {key: " ".join(str(_word(part)) for part in key) for key in sources}
+    for key in sources:
+        if key[0].startswith("prefill"):
+            names[key] += f" of {chunks[key[1]]}"  # sequences: a program of its own in the cache
     with _program_cache(config, shapes) as cache:
         compiled = compile_all(
             {names[key]: source for key, source in sources.items()},

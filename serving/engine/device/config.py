@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.engine.device.prefill_calls import most_sequences
 from serving.errors import ConfigurationError
 
 _SMALLEST_PREFILL_BUCKET = 16
@@ -13,8 +14,9 @@ class DeviceExecutorConfig:
     """How one replica uses its devices.
 
     max_model_len: tokens of prompt and output together. max_prefill_tokens: tokens of one prefill
-    chunk; max_prefills: chunks of one plan. prefill_buckets: chunk sizes programs are compiled
-    for, ascending, the last one max_prefill_tokens; None: powers of two from 16.
+    call, and of one prompt's chunk; max_prefills: prompts whose chunks one plan has, which a call
+    packs as far as its size allows. prefill_buckets: tokens of the calls that programs are
+    compiled for, ascending, the last one max_prefill_tokens; None: powers of two from 16.
     num_blocks, arena_bytes (per device): size of the KV arena, at most one of them; neither: what
     `memory_fraction` of an accelerator's memory leaves beside the weights; on a CPU enough for
     every row at full length, within 1 GiB unless a single request needs more.
@@ -32,7 +34,7 @@ class DeviceExecutorConfig:
     arena_bytes: int | None = None
     memory_fraction: float = 0.9
     max_prefill_tokens: int = 512
-    max_prefills: int = 4
+    max_prefills: int = 16
     prefill_buckets: tuple[int, ...] | None = None
     dtype: str = "float32"
     max_logprobs: int = 20
@@ -76,11 +78,13 @@ class DeviceExecutorConfig:
         return _doubling(1, self.num_rows)
 
     @property
-    def chunk_buckets(self) -> tuple[int, ...]:
-        """Chunk sizes that prefill programs are compiled for."""
-        if self.prefill_buckets is not None:
-            return self.prefill_buckets
-        return _doubling(_SMALLEST_PREFILL_BUCKET, self.max_prefill_tokens)
+    def chunk_buckets(self) -> dict[int, int]:
+        """Tokens of the calls that prefill programs are compiled for, and sequences of each."""
+        buckets = self.prefill_buckets
+        if buckets is None:
+            buckets = _doubling(_SMALLEST_PREFILL_BUCKET, self.max_prefill_tokens)
+        sizes = self.decode_buckets
+        return {tokens: most_sequences(tokens, self.max_prefills, sizes) for tokens in buckets}
 
 
 def _doubling(first: int, last: int) -> tuple[int, ...]:

@@ -11,11 +11,17 @@ from lumen_kernels.paged_attention.options import Arena
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import CompileWatch
-from serving.engine.device.decode_batch import DecodeBatches, bucket_of
+from serving.engine.device.decode_batch import DecodeBatches
+from serving.engine.device.prefill_calls import (
+    CallSize,
+    PrefillCall,
+    most_sequences,
+    pack_chunks,
+)
 from serving.engine.device.programs import HeadKind, Programs
 from serving.engine.device.rows import RowState, mask_array
 from serving.engine.executor import ExecutorLimits
-from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, PrefillChunk, StepPlan, StepResult
+from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, StepPlan, StepResult
 from serving.errors import ExecutorError
 
 _STEPS_AHEAD = 2  # decode steps of one plan on the device at a time: one runs, one waits
@@ -36,7 +42,7 @@ class _Sampled:
 
 @dataclass(slots=True)
 class _InFlight:
-    """A submitted plan. Decode steps are dispatched one by one, `prefilled` waits for chunks."""
+    """A submitted plan. Decode steps are dispatched one by one, `prefilled` waits for the rest."""
 
     plan: StepPlan
     steps: list[_Sampled] = field(default_factory=list)
@@ -72,7 +78,10 @@ class DeviceExecutor:
         self._rows = RowState(limits.num_rows, limits.max_blocks_per_row)
         self._last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
         self._decode_buckets = sorted(programs.decode_unit)
-        self._chunk_buckets = sorted(programs.prefill_unit)
+        self._call_sizes = [
+            CallSize(tokens, most_sequences(tokens, limits.max_prefills, self._decode_buckets))
+            for tokens in sorted(programs.prefill_unit)
+        ]
         self._no_masks = {
             bucket: self._put(mask_array(NO_ROWS, bucket, {}, limits.vocab_size))
             for bucket in self._decode_buckets
@@ -151,8 +160,8 @@ class DeviceExecutor:
             self._dispatch_decode(flight)
             if plan.steps > 1 and not self._interrupted.is_set():
                 self._dispatch_decode(flight)
-        for chunk in plan.prefills:
-            self._dispatch_prefill(flight, chunk)
+        for call in pack_chunks(plan.prefills, self._call_sizes):
+            self._dispatch_prefill(flight, call)
 
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""
@@ -175,25 +184,27 @@ class DeviceExecutor:
         self._rows.grow(batch.rows, 1)
         flight.steps.append(sampled)
 
-    def _dispatch_prefill(self, flight: _InFlight, chunk: PrefillChunk) -> None:
-        """One chunk, and the token that follows it if it samples."""
+    def _dispatch_prefill(self, flight: _InFlight, call: PrefillCall) -> None:
+        """Chunks of one or more prompts, and the tokens that follow those that sample."""
         programs = self._programs
-        bucket = bucket_of(self._chunk_buckets, chunk.tokens.size)
-        packed = self._put(self._rows.pack_chunk(chunk, bucket))
+        bucket, sequences = call.size.tokens, call.size.sequences
+        packed = self._put(self._rows.pack_call(call))
         hidden = programs.prefill_embed[bucket](self._model.embedding, packed)
         unit = programs.prefill_unit[bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
             hidden, self._arena = unit(weights, hidden, self._arena, packed, offset)
-        if not chunk.samples:
+        rows = call.sampling_rows()
+        if not rows.size:
             flight.prefilled.append(hidden)
             return
         last, device_rows, lengths = programs.prefill_last[bucket](hidden, packed)
-        row = np.array([chunk.row], np.int32)
-        masks = {row: mask for row, mask in flight.plan.masks.items() if row == chunk.row}
-        kind = self._rows.head_kind(row, masked=bool(masks))
-        sampling = self._put(self._rows.sampling(row))
+        masks = {row: flight.plan.masks[row] for row in rows.tolist() if row in flight.plan.masks}
+        kind = self._rows.head_kind(rows, masked=bool(masks))
+        padded: Int32 = np.full(sequences, self._rows.padding, np.int32)
+        padded[: rows.size] = rows
+        sampling = self._put(self._rows.sampling(padded))
         flight.prefills.append(
-            self._sample(kind, row, 1, last, device_rows, lengths, sampling, masks)
+            self._sample(kind, rows, sequences, last, device_rows, lengths, sampling, masks)
         )
 
     def _sample(

@@ -1,6 +1,6 @@
 """What every program takes, said without tracing any."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serving.engine.device.program_signature import UNTOLD
@@ -11,7 +11,7 @@ class ArgumentLister(ProgramBuilder):
     """Goes the way of a `ProgramBuilder` up to where tracing would begin."""
 
     def arguments(
-        self, decode_buckets: Sequence[int], chunk_buckets: Sequence[int]
+        self, decode_buckets: Sequence[int], chunk_buckets: Mapping[int, int]
     ) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         """The keys of `lowerings` to the arguments of that program: trees of shape structs."""
         listed: dict[tuple[Any, ...], Any] = {**self.lowerings(decode_buckets, chunk_buckets)}

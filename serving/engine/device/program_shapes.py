@@ -21,8 +21,8 @@ ARENA = PartitionSpec(TENSOR_AXIS)
 SAMPLING_FIELDS = 5
 """Rows of the packed sampling array: temperature, top_k, top_p, min_p, seed, as int32 bits."""
 
-CHUNK_EXTRAS = 3
-"""Entries of a packed chunk after tokens and table: start, count, row."""
+SEQUENCE_FIELDS = 3
+"""Entries of each sequence of a packed prefill call, beside its table: start, count, row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,9 @@ class ProgramShapes:
         slots = layout.slots * self.mesh.size
         return (self.struct((slots, *layout.slot_shape), layout.dtype, ARENA),)
 
-    def chunk(self, tokens: int) -> jax.ShapeDtypeStruct:
-        """A packed prefill chunk: tokens, the row's table, start, count, row."""
-        return self.int32(tokens + self.table_columns + CHUNK_EXTRAS)
+    def prefill_call(self, tokens: int, sequences: int) -> jax.ShapeDtypeStruct:
+        """A packed prefill call: tokens, then of all sequences tables, starts, counts, rows."""
+        return self.int32(tokens + sequences * (self.table_columns + SEQUENCE_FIELDS))
 
     def int32(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Integers that every device has."""

@@ -1,12 +1,13 @@
 """The compiled programs of a replica: what runs on its devices in a step.
 
-A decode step is embed, one call per unit, head; a prefill chunk is embed, one call per unit and,
-if it samples, last and head. Each kind is compiled once per bucket; all units share one program,
-because a unit's place is an argument. Everything runs inside one `shard_map` over the tensor axis.
+A decode step is embed, one call per unit, head; a prefill call, which takes chunks of several
+prompts, is embed, one call per unit and, if any of them samples, last and head. Each kind is
+compiled once per bucket; all units share one program, because a unit's place is an argument.
+Everything runs inside one `shard_map` over the tensor axis.
 """
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +17,19 @@ import jax.numpy as jnp
 from jax import lax
 from lumen_kernels import paged_attention
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.paged_attention.streams import stream_positions
 from lumen_kernels.target import Target
 
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.compilation import Compiled
-from serving.engine.device.program_shapes import ARENA, SAMPLING_FIELDS, WHOLE, ProgramShapes
+from serving.engine.device.program_shapes import (
+    ARENA,
+    SAMPLING_FIELDS,
+    SEQUENCE_FIELDS,
+    WHOLE,
+    ProgramShapes,
+)
 
 
 class HeadKind(enum.Enum):
@@ -39,15 +47,16 @@ Schedule = tuple[jax.Array, ...]
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Compiled programs by bucket. Shapes: b rows, c tokens of a chunk, t table columns.
+    """Compiled programs by bucket. Shapes: b rows, c tokens and s sequences of a prefill call, t
+    table columns.
 
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], lengths [b])
         -> hidden [b, hidden size], schedule
     decode_unit[b](unit, hidden, arena, tables [b, t], lengths [b], schedule, offset)
         -> hidden, arena
-    prefill_embed[c](embedding, chunk [c + t + 3]) -> hidden [c, hidden size]
-    prefill_unit[c](unit, hidden, arena, chunk, offset) -> hidden, arena
-    prefill_last[c](hidden, chunk) -> hidden [1, hidden size], rows [1], lengths [1]
+    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size]
+    prefill_unit[c](unit, hidden, arena, call, offset) -> hidden, arena
+    prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
     zero_arena() -> arena
@@ -55,6 +64,8 @@ class Programs:
     schedule: how attention of this step is cut over the chip, the same for all layers; a tuple,
     empty where the backend needs none. rows: num_rows marks a padding row. lengths: tokens
     including the one being run, 0 for padding.
+    call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
+    [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
     hidden and arena are donated, except the hidden of prefill_last.
     """
@@ -87,24 +98,27 @@ class ProgramBuilder:
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
 
     def lowerings(
-        self, decode_buckets: Sequence[int], chunk_buckets: Sequence[int]
+        self, decode_buckets: Sequence[int], chunk_buckets: Mapping[int, int]
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
-        """(field of Programs, bucket, ...) to a function that lowers that program."""
+        """(field of Programs, bucket, ...) to a function that lowers that program.
+
+        chunk_buckets: tokens of each size of prefill call, and the sequences that it takes.
+        """
         found: dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]] = {
             ("zero_arena",): self._zero_arena
         }
         # Units first: they take longest to compile.
         for b in reversed(decode_buckets):
             found["decode_unit", b] = partial(self._decode_unit, b)
-        for c in reversed(chunk_buckets):
-            found["prefill_unit", c] = partial(self._prefill_unit, c)
+        for c, s in sorted(chunk_buckets.items(), reverse=True):
+            found["prefill_unit", c] = partial(self._prefill_unit, c, s)
         for b in decode_buckets:
             for kind in HeadKind:
                 found["head", b, kind] = partial(self._head, b, kind)
             found["decode_embed", b] = partial(self._decode_embed, b)
-        for c in chunk_buckets:
-            found["prefill_embed", c] = partial(self._prefill_embed, c)
-            found["prefill_last", c] = partial(self._prefill_last, c)
+        for c, s in chunk_buckets.items():
+            found["prefill_embed", c] = partial(self._prefill_embed, c, s)
+            found["prefill_last", c] = partial(self._prefill_last, c, s)
         return found
 
     def _zero_arena(self) -> jax.stages.Lowered:
@@ -180,17 +194,21 @@ class ProgramBuilder:
             donate=(1, 2),
         )  # fmt: skip
 
-    def _prefill_embed(self, tokens: int) -> jax.stages.Lowered:
+    def _prefill_embed(self, tokens: int, sequences: int) -> jax.stages.Lowered:
         shapes = self._shapes
         embedding = shapes.defs.embedding
 
-        def prefill_embed(weights: Sequence[jax.Array], chunk: jax.Array) -> jax.Array:
-            hidden: jax.Array = embedding.merge(weights)(chunk[:tokens], self._axis)
+        def prefill_embed(weights: Sequence[jax.Array], call: jax.Array) -> jax.Array:
+            hidden: jax.Array = embedding.merge(weights)(call[:tokens], self._axis)
             return hidden
 
-        return self._lower(prefill_embed, (shapes.weights(embedding), shapes.chunk(tokens)), WHOLE)
+        return self._lower(
+            prefill_embed,
+            (shapes.weights(embedding), shapes.prefill_call(tokens, sequences)),
+            WHOLE,
+        )
 
-    def _prefill_unit(self, tokens: int) -> jax.stages.Lowered:
+    def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
         shapes = self._shapes
         unit = shapes.defs.unit
 
@@ -198,21 +216,22 @@ class ProgramBuilder:
             weights: Sequence[jax.Array],
             hidden: jax.Array,
             arena: Arena,
-            chunk: jax.Array,
+            call: jax.Array,
             offset: jax.Array,
         ) -> tuple[jax.Array, Arena]:
-            table, start, count, _ = self._unpacked(chunk, tokens)
+            tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
 
             def attend(
                 layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Arena
             ) -> tuple[jax.Array, Arena]:
                 out, _, arena = paged_attention.prefill(
-                    q, k, v, arena, table[None], start[None], count[None],
+                    q, k, v, arena, tables, starts, counts,
                     self._layer_offset(offset, layer_in_unit), **self._attention(),
                 )  # fmt: skip
                 return out, arena
 
-            positions = start + jnp.arange(tokens, dtype=jnp.int32)
+            _, positions = stream_positions(starts, counts, tokens)
+            positions = jnp.maximum(positions, 0)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, positions, arena, attend, self._target, self._axis
             )
@@ -221,26 +240,27 @@ class ProgramBuilder:
         return self._lower(
             prefill_unit,
             (
-                shapes.weights(unit), shapes.hidden(tokens), shapes.arena(), shapes.chunk(tokens),
-                shapes.int32(),
+                shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
+                shapes.prefill_call(tokens, sequences), shapes.int32(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
         )  # fmt: skip
 
-    def _prefill_last(self, tokens: int) -> jax.stages.Lowered:
+    def _prefill_last(self, tokens: int, sequences: int) -> jax.stages.Lowered:
         shapes = self._shapes
 
         def prefill_last(
-            hidden: jax.Array, chunk: jax.Array
+            hidden: jax.Array, call: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, start, count, row = self._unpacked(chunk, tokens)
-            last = lax.dynamic_slice_in_dim(hidden, count - 1, 1)
-            return last, row[None], (start + count)[None]
+            _, starts, counts, rows = self._unpacked(call, tokens, sequences)
+            last = jnp.maximum(jnp.cumsum(counts, dtype=jnp.int32) - 1, 0)
+            lengths = jnp.where(rows < shapes.num_rows, starts + counts, 0)
+            return hidden[last], rows, lengths
 
         return self._lower(
             prefill_last,
-            (shapes.hidden(tokens), shapes.chunk(tokens)),
+            (shapes.hidden(tokens), shapes.prefill_call(tokens, sequences)),
             (WHOLE, WHOLE, WHOLE),
         )
 
@@ -316,10 +336,11 @@ class ProgramBuilder:
     def _layer_offset(self, unit_offset: jax.Array, layer: int) -> jax.Array:
         return unit_offset + layer * self._shapes.arena_layout.heads
 
-    def _unpacked(self, chunk: jax.Array, tokens: int) -> tuple[jax.Array, ...]:
-        """Table [t], start, count and row of a packed chunk."""
-        end = tokens + self._shapes.table_columns
-        return chunk[tokens:end], chunk[end], chunk[end + 1], chunk[end + 2]
+    def _unpacked(self, call: jax.Array, tokens: int, sequences: int) -> tuple[jax.Array, ...]:
+        """Tables [s, t], starts, counts and rows [s] of a packed prefill call."""
+        end = tokens + sequences * self._shapes.table_columns
+        tables = call[tokens:end].reshape(sequences, -1)
+        return tables, *call[end:].reshape(SEQUENCE_FIELDS, sequences)
 
     def _lower(
         self,

@@ -3,9 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.device.program_shapes import CHUNK_EXTRAS, SAMPLING_FIELDS
+from serving.engine.device.prefill_calls import PrefillCall
+from serving.engine.device.program_shapes import SAMPLING_FIELDS, SEQUENCE_FIELDS
 from serving.engine.device.programs import HeadKind
-from serving.engine.plan import Int32, PrefillChunk, StepPlan
+from serving.engine.plan import Int32, StepPlan
 
 
 class RowState:
@@ -57,15 +58,27 @@ class RowState:
         """Decode rows got `count` more tokens (fewer if negative)."""
         self._kv_len[rows] += count
 
-    def pack_chunk(self, chunk: PrefillChunk, bucket: int) -> Int32:
-        """The chunk, its row's table and place as one array; the row grows by it."""
-        row, count = chunk.row, chunk.tokens.size
+    def pack_call(self, call: PrefillCall) -> Int32:
+        """The call as one array, as `ProgramShapes.prefill_call` says; the rows grow by it.
+
+        The row is given for sequences that sample, else it is that of padding.
+        """
+        tokens, sequences = call.size.tokens, call.size.sequences
         columns = self._tables.shape[1]
-        packed = np.zeros(bucket + columns + CHUNK_EXTRAS, np.int32)
-        packed[:count] = chunk.tokens
-        packed[bucket : bucket + columns] = self._tables[row]
-        packed[bucket + columns :] = (chunk.start, count, row)
-        self._kv_len[row] = chunk.start + count
+        packed = np.zeros(tokens + sequences * (columns + SEQUENCE_FIELDS), np.int32)
+        tables = packed[tokens : tokens + sequences * columns].reshape(sequences, columns)
+        starts, counts, sampling = packed[tokens + tables.size :].reshape(SEQUENCE_FIELDS, -1)
+        sampling[:] = self.padding
+        end = 0
+        for index, chunk in enumerate(call.chunks):
+            count = chunk.tokens.size
+            packed[end : end + count] = chunk.tokens
+            end += count
+            tables[index] = self._tables[chunk.row]
+            starts[index], counts[index] = chunk.start, count
+            if chunk.samples:
+                sampling[index] = chunk.row
+            self._kv_len[chunk.row] = chunk.start + count
         self.lengths_version += 1
         return packed
 

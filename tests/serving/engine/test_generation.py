@@ -58,6 +58,23 @@ def test_a_plan_has_no_more_prefills_than_the_executor_takes(make_driver, make_p
     assert max(len(plan.prefills) for plan in driver.plans) == 2
 
 
+@pytest.mark.parametrize(("max_step_tokens", "most"), [(None, 8), (11, 8), (19, 16), (6, 6)])
+def test_prefills_of_a_step_fill_whole_calls(make_driver, make_prompt, max_step_tokens, most):
+    """Not a few tokens more, however much room decodes leave in the step."""
+    driver = make_driver(
+        limits={"max_prefills": 4, "max_prefill_tokens": 8},
+        config={"max_step_tokens": max_step_tokens},
+    )
+    for index in range(4):
+        driver.add(f"r{index}", make_prompt(9 + index, index))
+    driver.run()
+    driver.assert_as_reference()
+    prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
+    assert prefilled[0] == max(prefilled) == most
+    if most == 8:  # the last of 9 tokens, and as many of the next prompt as the call takes then
+        assert [chunk.tokens.size for chunk in driver.plans[1].prefills] == [1, 7]
+
+
 def test_model_end_tokens_stop_unless_ignored(make_driver, make_prompt):
     driver = make_driver(eos_every=4)
     driver.add("stops", make_prompt(6), max_tokens=50)

@@ -93,6 +93,26 @@ class Driver:
             fields = {}
         return result
 
+    def start_together(
+        self, prompts, samplings: dict[int, SamplingParams] | None = None, *, room=20, **fields
+    ) -> StepResult:
+        """Prefill the prompts of rows 0, 1, ... in one plan."""
+        tables = [
+            self.table(row, self.take_blocks(len(tokens) + room))
+            for row, tokens in enumerate(prompts)
+        ]
+        parts = zip(*((one.rows, one.columns, one.slot_bases) for one in tables), strict=True)
+        chunks = tuple(PrefillChunk(row, 0, tokens, True) for row, tokens in enumerate(prompts))
+        return self.run(
+            prefills=chunks,
+            assignments=tuple(
+                RowAssignment(row, 0, (samplings or {}).get(row, GREEDY), ())
+                for row in range(len(prompts))
+            ),
+            table=TableUpdate(*(np.concatenate(part) for part in parts)),
+            **fields,
+        )
+
     def decode(self, rows, count: int) -> np.ndarray:
         """Tokens [rows, count], one plan per step."""
         rows = np.array(rows, np.int32)

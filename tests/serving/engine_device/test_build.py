@@ -84,7 +84,9 @@ def test_an_arena_beyond_32_bit_rows_is_refused():
 def test_buckets_cover_every_size():
     config = DeviceExecutorConfig(max_model_len=8, num_rows=12, max_prefill_tokens=100)
     assert config.decode_buckets == (1, 2, 4, 8, 12)
-    assert config.chunk_buckets == (16, 32, 64, 100)
+    assert config.chunk_buckets == {16: 1, 32: 2, 64: 4, 100: 8}
+    few = dataclasses.replace(config, max_prefill_tokens=512, max_prefills=3)
+    assert few.chunk_buckets == {16: 1, 32: 2, 64: 4, 128: 4, 256: 4, 512: 4}
 
 
 def test_progress_counts_weights_and_programs(executor, build_steps):
@@ -92,7 +94,7 @@ def test_progress_counts_weights_and_programs(executor, build_steps):
     assert [step[:2] for step in build_steps] == [(n, total) for n in range(1, total + 1)]
     names = [name for _, _, name in build_steps]
     assert names[:5] == ["weights"] * 5  # 3 units, embedding, head
-    assert {"decode_unit 4", "prefill_unit 8", "head 1 sampled"} <= set(names)
+    assert {"decode_unit 4", "prefill_unit 8 of 1", "head 1 sampled"} <= set(names)
 
 
 def test_programs_update_the_arena_in_place(executor):

@@ -71,7 +71,8 @@ class EngineSettings:
     """The engine in this process: model and dtype, the executor's and the loop's settings.
 
     Names are those of `DeviceExecutorConfig` and `EngineConfig`. num_blocks: None: what
-    memory_fraction of the device's memory leaves. step_tokens: None: every row and a whole chunk.
+    memory_fraction of the device's memory leaves. step_tokens: None: every row and a whole
+    prefill call.
     """
 
     model: str
