@@ -90,7 +90,8 @@ def tiling(
 ) -> Tiling | None:
     """The cut of x [m, K] times w [N, K] transposed for our kernel; None where XLA multiplies."""
     n, k = w_shape
-    if not _streams(n, k, dtype, target):
+    # Sums kept as they are come from lm heads: whole ones are XLA's, shards were not measured.
+    if not _streams(n, k, dtype, target) or jnp.dtype(out_dtype) != dtype:
         return None
     cores = target.cores
     fitted = functools.partial(_fitted, m, cores=cores, out_bytes=jnp.dtype(out_dtype).itemsize)

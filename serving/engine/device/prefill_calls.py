@@ -78,8 +78,6 @@ def _cheapest_cuts(ends: list[int], sizes: Sequence[CallSize], begin: int) -> tu
 
     Either one call takes it all, or the call that takes most goes first. ends: of the chunks.
     """
-    if begin == ends[-1]:
-        return 0, ()
     first = bisect_right(ends, begin)
     longest = begin
     whole = part = None

@@ -200,6 +200,8 @@ def test_the_kernel_takes_what_it_was_measured_to_win():
         assert ours(64, "o", target=target) is None
     assert ours(64, "o", jnp.float32) is None
     assert ours(64, "o", jnp.float16) is None
+    half_a_head = (64128, 4096)  # its logits stay float32, and it was not measured
+    assert rule.tiling(64, half_a_head, jnp.bfloat16, jnp.float32, HOPPER) is None
 
 
 @pytest.mark.parametrize("shape", [(896, 896), (4100, 4096), (4096, 4000), (2048, 8192)])
