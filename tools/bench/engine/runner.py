@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from tools.bench.engine import bars
 from tools.bench.engine.engine import EngineError, EngineSettings, InProcessEngine, build
@@ -81,7 +82,7 @@ def run(options: Options) -> Outcome:
         and options.settings.dtype == "bfloat16"
     )
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with _own_compile_cache(), tempfile.TemporaryDirectory() as scratch:
             if START in options.works:
                 _starts(options, Path(scratch), barred, outcome)
             if any(name in WORKS for name in options.works):
@@ -90,6 +91,17 @@ def run(options: Options) -> Outcome:
     except KeyboardInterrupt:
         outcome.failures.append("interrupted: what follows was not measured")
     return outcome
+
+
+@contextlib.contextmanager
+def _own_compile_cache() -> Iterator[None]:
+    """Put JAX's cache back in its place: an engine moves it to a folder that is gone afterwards."""
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()  # JAX asks for the place once and remembers
 
 
 def _starts(options: Options, scratch: Path, barred: bool, outcome: Outcome) -> None:
