@@ -45,7 +45,7 @@ from serving.engine.device.program_signature import mismatch
 from serving.engine.device.programs import ProgramBuilder
 from serving.errors import ConfigurationError
 
-PROGRAMS = 1 + 5 + 3  # one bucket of decode, one of prefill
+PROGRAMS = 1 + 6 + 3  # one bucket of decode, one of prefill
 
 
 def start(weights, folder: Path, devices=None):
