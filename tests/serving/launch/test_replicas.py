@@ -9,7 +9,9 @@ from serving.launch.model import served_model
 from serving.launch.replicas import build_replicas
 
 
-@pytest.mark.parametrize("made", ["0 programs loaded, 10 compiled", "10 programs loaded, 0 compiled"])
+@pytest.mark.parametrize(
+    "made", ["0 programs loaded, 10 compiled", "10 programs loaded, 0 compiled"]
+)
 def test_a_second_start_says_that_all_was_loaded(made, tmp_path_factory, caplog):
     folder = tmp_path_factory.getbasetemp() / "programs-of-two-starts"
     config = ServeConfig(
