@@ -58,8 +58,8 @@ def dense_chain(
     attended [m, q width] and hidden [m, hidden], both of the weights' dtype. norms float32
     [rows, hidden]: row `norm` before the feed-forward block, the one after it before the next
     layer's attention. meetings: `no_meetings()` or what the call before returned; calls that share
-    it must follow each other. eps: of both norms. reduce: sums a product over the devices of
-    tensor parallelism, after o and after down. Raises KernelArgumentError.
+    it must follow each other and be of the same shapes. eps: of both norms. reduce: sums a product
+    over the devices of tensor parallelism, after o and after down. Raises KernelArgumentError.
     """
     _check(attended, hidden, weights, norms, norm)
     m = attended.shape[0]
@@ -74,9 +74,13 @@ def dense_chain(
     buffers |= {name: w for name, w in weights._asdict().items() if w is not None}
     # The row is data: were it static, each layer would be a kernel of its own.
     buffers |= {"norms": norms, "norm": jnp.full((1,), norm, jnp.int32)}
-    made, meetings = _on_gpu(chosen, buffers, meetings, eps, interpret=target.interpret)
-    projected = made["projected"][:m] if weights.qkv is not None else None
-    return Result(made["out"][:m], projected, meetings)
+    # Without a next layer a chain may be cut into another number of blocks, and the counter is read
+    # by that number: such a chain counts for itself.
+    counted = meetings if weights.qkv is not None else no_meetings()
+    made, counted = _on_gpu(chosen, buffers, counted, eps, interpret=target.interpret)
+    if weights.qkv is None:
+        return Result(made["out"][:m], None, meetings)
+    return Result(made["out"][:m], made["projected"][:m], counted)
 
 
 def _cut(m: int, weights: Weights, target: Target) -> cut.Cut | None:

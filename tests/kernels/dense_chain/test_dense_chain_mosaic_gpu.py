@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from lumen_kernels import dense_chain as package
 from lumen_kernels.dense_chain import Weights, cut, dense_chain, mosaic_gpu, no_meetings, xla
 from lumen_kernels.target import CPU, HOPPER
 
@@ -222,6 +223,30 @@ def test_it_lowers_for_hopper_as_one_launch(name, m, last):
     module = exported.mlir_module()
     assert module.count("custom_call @mosaic_gpu") == 1
     assert "dot_general" not in module
+
+
+def test_a_chain_without_a_next_layer_counts_for_itself(monkeypatch):
+    # The counter is read by the number of blocks, and theirs differ.
+    assert shape_of("qwen2.5-14b").cut(8, 132).clusters == 128
+    assert shape_of("qwen2.5-14b", last=True).cut(8, 132).clusters == 132
+
+    counters = []
+
+    def launch(chosen, given, meetings, eps, *, interpret):
+        counters.append(meetings)
+        made = {k: v for phase in chosen.phases for k, v in chosen.made_by(phase).items()}
+        zeros = {name: jnp.zeros(one.shape, one.dtype) for name, one in made.items()}
+        return zeros, meetings + chosen.clusters * (len(chosen.phases) - 1)
+
+    monkeypatch.setattr(cut, "_LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(package, "_on_gpu", launch)
+    meetings = no_meetings()
+    for last in (False, False, True):
+        given = operands(Shape(128, 64, 192, None if last else 80), 8)
+        before = meetings
+        *_, meetings = dense_chain(*given, meetings, eps=EPS, target=on(4))
+        assert (meetings is before) == last
+    assert [one[0] for one in counters] == [0, 12, 0]
 
 
 @pytest.mark.parametrize(("name", "m"), [("llama-3.1-8b", 33), ("tiny-llama", 8)])
