@@ -70,17 +70,9 @@ def _write(options: Options, outcome: Outcome) -> None:
         **outcome.facts,
     }
     content = results.results(outcome.rows, settings, {})
-    content["hardware"] = f"{outcome.facts['device']}; {content['hardware']}"
-    if _JSON.value:
-        results.write(Path(_JSON.value), content)
-        print(f"Wrote {_JSON.value}")
-    head = f"{content['hardware']}, {content['date']}. {_BARS}"
-    table = f"{head}\n\n{markdown(outcome.rows)}"
-    if _MARKDOWN.value:
-        Path(_MARKDOWN.value).write_text(table, encoding="utf-8")
-        print(f"Wrote {_MARKDOWN.value}")
-    else:
-        print(f"\n{table}")
+    device = outcome.facts["device"]
+    to = (_JSON.value, _MARKDOWN.value)
+    results.publish(content, device, markdown(outcome.rows), _BARS, to)
 
 
 if __name__ == "__main__":

@@ -60,13 +60,18 @@ def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     idle = rows.pop("device idle per step, batch 4, context 24")
     assert idle["status"] == "not measured: the profile shows no GPU"
     assert {one["status"] for one in rows.values()} == {MEASURED}
-    assert all(one["median"] > 0 for one in rows.values())
+    assert all(one["median"] > 0 for name, one in rows.items() if not name.startswith("(a) decode"))
     assert rows["KV capacity"]["samples"] == [64 * 16]
     for name in ("cold", "warm"):
         assert len(rows[f"start to ready, {name} compile cache"]["samples"]) == 1
     for batch in SMOKE.batches:
         one = rows[f"(a) decode step, batch {batch}, context 24"]
-        assert len(one["samples"]) == len(one["long_s"]) == len(one["short_s"]) == 2
+        # A difference of two times, of tiny work here: on a busy machine it may be negative.
+        pairs = zip(one["long_s"], one["short_s"], strict=True)
+        expected = [1e3 * (long - short) / (SMOKE.long - SMOKE.short) for long, short in pairs]
+        assert one["samples"] == pytest.approx(expected, abs=0.1)
+        assert len(expected) == 2
+        assert min(one["long_s"] + one["short_s"]) > 0
         interpreter = rows[f"interpreter time per step, batch {batch}"]
         assert interpreter["samples"][0] == pytest.approx(
             interpreter["dispatch_ms"][0] + interpreter["planning_ms"][0], abs=1e-3

@@ -45,6 +45,29 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(f'{text},\n  "rows": [\n    {rows}\n  ]\n}}\n', encoding="utf-8")
 
 
+def publish(
+    content: dict[str, Any], device: object, table: str, bars: str, to: tuple[str, str]
+) -> None:
+    """Write a results file and its table under a line that says where and when.
+
+    device: what computed, as it is called; None: the machine itself. bars: what peer, floor and
+    aim are of. to: paths of the JSON file and of the table; where one is empty the first is not
+    written, and the second printed.
+    """
+    json_path, table_path = to
+    if device is not None:
+        content["hardware"] = f"{device}; {content['hardware']}"
+    if json_path:
+        write(Path(json_path), content)
+        print(f"Wrote {json_path}")
+    text = f"{content['hardware']}, {content['date']}. {bars}\n\n{table}"
+    if table_path:
+        Path(table_path).write_text(text, encoding="utf-8")
+        print(f"Wrote {table_path}")
+    else:
+        print(f"\n{text}")
+
+
 def hardware() -> str:
     """The machine in words: processor, cores this process may use, memory."""
     name = platform.processor() or platform.machine()

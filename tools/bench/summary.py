@@ -10,6 +10,8 @@ from rich.table import Table
 from tools.bench.record import RequestRecord
 
 PERCENTILES = (50, 90, 95, 99)
+TIMES = frozenset({"us", "ms", "s"})
+"""Units of which less is more."""
 
 Row = dict[str, Any]
 
@@ -54,6 +56,23 @@ def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
         "floor": None,
         **more,
     }
+
+
+def verdict(one: Row) -> str:
+    """ "aim", "floor" or "below floor" for a row with a median, floor and aim; "" without a floor.
+
+    Of times less is more, of everything else more.
+    """
+
+    def reaches(bound: float) -> bool:
+        found: float = one["median"]
+        return found <= bound if one["unit"] in TIMES else found >= bound
+
+    if one["floor"] is None:
+        return ""
+    if not reaches(one["floor"]):
+        return "below floor"
+    return "aim" if one["aim"] is not None and reaches(one["aim"]) else "floor"
 
 
 def streams_name(count: int) -> str:

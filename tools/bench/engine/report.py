@@ -5,10 +5,9 @@ from typing import Any
 
 from tools.bench.engine.bars import NONE, SOURCE, Bar
 from tools.bench.engine.profile import KernelTime
-from tools.bench.summary import Row, row
+from tools.bench.summary import TIMES, Row, row, verdict
 
 MEASURED = "measured"
-_LESS_IS_MORE = frozenset({"ms", "s"})
 _HEAD = ("what", "median", "unit", "vLLM", "speed", "floor", "aim", "verdict", "note")
 
 
@@ -30,25 +29,13 @@ def measured(
     speed = None
     if bar.peer is not None:
         speed = one["median"] / bar.peer
-        speed = 1 / speed if unit in _LESS_IS_MORE else speed
-    return {**one, "speed": _rounded(speed), "verdict": _verdict(one)}
+        speed = 1 / speed if unit in TIMES else speed
+    return {**one, "speed": _rounded(speed), "verdict": verdict(one)}
 
 
 def not_measured(name: str, unit: str, status: str) -> Row:
     """A row without figures; `status` says why."""
     return row(name, unit, [], aim=None, status=status, note="", speed=None, verdict="")
-
-
-def _verdict(one: Row) -> str:
-    def reaches(bound: float) -> bool:
-        found: float = one["median"]
-        return found <= bound if one["unit"] in _LESS_IS_MORE else found >= bound
-
-    if one["floor"] is None:
-        return ""
-    if not reaches(one["floor"]):
-        return "below floor"
-    return "aim" if one["aim"] is not None and reaches(one["aim"]) else "floor"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.bench.kernels.case import Case, Measurement
 from tools.bench.kernels.ceilings import Ceilings
-from tools.bench.summary import Row, row
+from tools.bench.summary import Row, row, verdict
 
 _US = 1e6
 _TERA = 1e-12
@@ -47,7 +47,7 @@ def measured_row(case: Case, found: Measurement, ceilings: Ceilings | None) -> R
     )
     if peer_samples:
         one["peer_samples"] = [_rounded(sample) for sample in peer_samples]
-    return {**one, "verdict": _verdict(one)}
+    return {**one, "verdict": verdict(one)}
 
 
 def _notes(case: Case, found: Measurement, second: float, ceilings: Ceilings | None) -> list[str]:
@@ -73,18 +73,6 @@ def _in_unit(case: Case, seconds: float) -> float:
         case "TFLOP/s":
             return case.work.flops / seconds * _TERA
     raise AssertionError(f"no such unit: {case.bar.unit}")
-
-
-def _verdict(one: Row) -> str:
-    def reaches(bound: float) -> bool:
-        found: float = one["median"]
-        return found <= bound if one["unit"] == "us" else found >= bound
-
-    if one["floor"] is None:
-        return ""
-    if not reaches(one["floor"]):
-        return "below floor"
-    return "aim" if one["aim"] is not None and reaches(one["aim"]) else "floor"
 
 
 def _rounded(value: float | None) -> float | None:
