@@ -43,7 +43,7 @@ def build_device_executor(
     config: DeviceExecutorConfig,
     progress: BuildProgress | None = None,
 ) -> DeviceExecutor:
-    """Load the weights onto the devices, allocate the arena, compile every program.
+    """Load the weights onto the devices, allocate the arena, compile and run every program.
 
     devices: of one platform; more than one are used tensor-parallel. Raises ConfigurationError if
     the settings do not fit the model or the memory (saying what would), or if others may write to
@@ -76,7 +76,9 @@ def build_device_executor(
         )  # fmt: skip
         limits = _limits(model, layout, config)
         programs = _compile(model, layout, limits, config, advance)
-    return DeviceExecutor(model, programs, limits, programs.zero_arena())
+    executor = DeviceExecutor(model, programs, limits, programs.zero_arena())
+    executor.rehearse()
+    return executor
 
 
 def _program_count(config: DeviceExecutorConfig) -> int:
