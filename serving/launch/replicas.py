@@ -60,7 +60,7 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
     else:
         # Several prompts share a call: it may well be longer than one of them.
         chunk = 1 << (batching.token_budget.bit_length() - 1)
-        calls = tuple(size for size in _CALLS if size < chunk) + (chunk,)
+        calls = (*(size for size in _CALLS if size < chunk), chunk)
     memory_fraction = batching.memory_fraction
     if platform == "gpu":
         memory_fraction = share_of_jax(memory_fraction, os.environ)
