@@ -166,13 +166,13 @@ class DeviceExecutor:
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""
         programs, batch = self._programs, self._batches.of(flight.plan.decode_rows)
-        hidden, schedule = programs.decode_embed[batch.bucket](
-            self._model.embedding, self._last_tokens, batch.device_rows, batch.lengths
+        hidden, step, schedule = programs.decode_embed[batch.bucket](
+            self._model.embedding, self._last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
             hidden, self._arena = unit(
-                weights, hidden, self._arena, batch.tables, batch.lengths, schedule, offset
+                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offset
             )
         masks = flight.plan.masks if not flight.steps else {}
         kind = HeadKind.COMPLETE if masks else batch.kind
@@ -189,10 +189,10 @@ class DeviceExecutor:
         programs = self._programs
         bucket, sequences = call.size.tokens, call.size.sequences
         packed = self._put(self._rows.pack_call(call))
-        hidden = programs.prefill_embed[bucket](self._model.embedding, packed)
+        hidden, step = programs.prefill_embed[bucket](self._model.embedding, packed)
         unit = programs.prefill_unit[bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(weights, hidden, self._arena, packed, offset)
+            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, offset)
         rows = call.sampling_rows()
         if not rows.size:
             flight.prefilled.append(hidden)
