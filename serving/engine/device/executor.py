@@ -199,13 +199,14 @@ class DeviceExecutor:
     def _run_decode(self, batch: DecodeBatch) -> jax.Array:
         """The hidden states of a batch's next tokens."""
         programs = self._programs
-        hidden, schedule = programs.decode_embed[batch.bucket](
-            self._model.embedding, self._last_tokens, batch.device_rows, batch.lengths
+        hidden: jax.Array
+        hidden, step, schedule = programs.decode_embed[batch.bucket](
+            self._model.embedding, self._last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
             hidden, self._arena = unit(
-                weights, hidden, self._arena, batch.tables, batch.lengths, schedule, offset
+                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offset
             )
         return hidden
 
@@ -239,10 +240,10 @@ class DeviceExecutor:
         """A call on the device, and the hidden states of its tokens."""
         programs, tokens = self._programs, call.size.tokens
         packed = self._put(self._rows.pack_call(call))
-        hidden = programs.prefill_embed[tokens](self._model.embedding, packed)
+        hidden, step = programs.prefill_embed[tokens](self._model.embedding, packed)
         unit = programs.prefill_unit[tokens]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(weights, hidden, self._arena, packed, offset)
+            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, offset)
         return packed, hidden
 
     def _sample(
