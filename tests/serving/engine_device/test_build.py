@@ -89,6 +89,15 @@ def test_buckets_cover_every_size():
     assert few.chunk_buckets == {16: 1, 32: 2, 64: 4, 128: 4, 256: 4, 512: 4}
 
 
+def test_batch_sizes_grow_in_smaller_steps_the_larger_they_are():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=512)
+    assert config.decode_buckets == (
+        1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+    )  # fmt: skip
+    assert dataclasses.replace(config, num_rows=100).decode_buckets[-3:] == (64, 96, 100)
+    assert dataclasses.replace(config, num_rows=1).decode_buckets == (1,)
+
+
 def test_progress_counts_weights_and_programs(executor, build_steps):
     total = build_steps[0][1]
     assert [step[:2] for step in build_steps] == [(n, total) for n in range(1, total + 1)]
