@@ -11,7 +11,6 @@ from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
 from tools.bench.engine.latency import gaps_ms, histogram, quantiles, step_kinds
 from tools.bench.engine.measurements import Bench
 from tools.bench.engine.receipts import EngineError, Receipt, Receipts
-from tools.bench.engine.report import MEASURED
 from tools.bench.engine.saturation import Queue, RateSearch, queue_of, service_rate
 from tools.bench.engine.step_clock import StepTime
 from tools.bench.engine.trace import TraceRequest, Window, read_trace, window

@@ -85,6 +85,23 @@ class EngineSettings:
     compile_threads: int
 
 
+def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
+    """The executor's part of the settings. Raises ConfigurationError."""
+    return DeviceExecutorConfig(
+        max_model_len=settings.max_model_len,
+        num_rows=settings.num_rows,
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks,
+        memory_fraction=settings.memory_fraction,
+        max_prefill_tokens=settings.prefill_buckets[-1],
+        max_prefills=settings.max_prefills,
+        prefill_buckets=settings.prefill_buckets,
+        dtype=settings.dtype,
+        compile_threads=settings.compile_threads,
+        cache_dir=cache_dir,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """An executor that is ready, and what it took: until the weights were there, in all."""
@@ -108,20 +125,8 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
         if name == "weights":
             weights_s = time.perf_counter() - started
 
-    config = DeviceExecutorConfig(
-        max_model_len=settings.max_model_len,
-        num_rows=settings.num_rows,
-        block_size=settings.block_size,
-        num_blocks=settings.num_blocks,
-        memory_fraction=settings.memory_fraction,
-        max_prefill_tokens=settings.prefill_buckets[-1],
-        max_prefills=settings.max_prefills,
-        prefill_buckets=settings.prefill_buckets,
-        dtype=settings.dtype,
-        compile_threads=settings.compile_threads,
-        cache_dir=cache_dir,
-    )
     source = resolve_model(settings.model).source
+    config = executor_config(settings, cache_dir)
     executor = build_device_executor(source, jax.devices()[:1], config, progress)
     limits = executor.limits
     return Built(
