@@ -29,8 +29,9 @@ def rotate(
     head_dim = rotation.shape[1]
     if bias is not None:
         fused = (fused.astype(jnp.float32) + bias).astype(fused.dtype)
-    fused = fused.reshape(fused.shape[0], -1, head_dim)
-    q, k, v = jnp.split(fused, (-2 * kv_heads % fused.shape[1], -kv_heads % fused.shape[1]), 1)
+    tokens, heads = fused.shape[0], fused.shape[1] // head_dim
+    fused = fused.reshape(tokens, heads, head_dim)
+    q, k, v = jnp.split(fused, (heads - 2 * kv_heads, heads - kv_heads), axis=1)
     if norms is not None:
         q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
     return _turned(q, rotation), _turned(k, rotation), v
