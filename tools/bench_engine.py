@@ -40,13 +40,13 @@ _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
 _REPS = flags.DEFINE_integer("reps", 3, "Runs of each work: one sample each.")
 _STARTS = flags.DEFINE_integer("starts", 1, "Cold starts, and warm ones: one sample each.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Precision.")
-_ROWS = flags.DEFINE_integer("num_rows", 256, "Requests run side by side.")
+_ROWS = flags.DEFINE_integer("num_rows", 512, "Requests run side by side.")
 _BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
 _CHUNKS = flags.DEFINE_list(
     "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
 )
 _PREFILLS = flags.DEFINE_integer(
-    "max_prefills", 16, "Prompts that one step prefills, packed together."
+    "max_prefills", 32, "Prompts that one step prefills, packed together."
 )
 _BUDGET = flags.DEFINE_integer(
     "step_tokens", None, "Tokens of one step. Default: every row and one whole prefill call."
