@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
+from lumen_kernels.add_norm import add_rms_norm
 from lumen_kernels.matmul import matmul, silu_gated
 from lumen_kernels.target import Target
 
@@ -24,13 +23,6 @@ class Weights(NamedTuple):
     qkv: jax.Array | None
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Scale x [..., n] to unit mean square, times weight float32 [n]; in float32, x's dtype out."""
-    wide = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight).astype(x.dtype)
-
-
 def run(
     attended: jax.Array,
     hidden: jax.Array,
@@ -42,10 +34,11 @@ def run(
 ) -> tuple[jax.Array, jax.Array | None]:
     """See `lumen_kernels.dense_chain.dense_chain`: hidden and the next layer's projections."""
     summed = reduce or (lambda x: x)
-    hidden = hidden + summed(matmul(attended, weights.o, target=target))
-    x = rms_norm(hidden, norms[0], eps)
+    x = summed(matmul(attended, weights.o, target=target))
+    hidden, x = add_rms_norm(x, hidden, norms[0], eps, target=target)
     inner = silu_gated(x, weights.gate_up, target=target)
-    hidden = hidden + summed(matmul(inner, weights.down, target=target))
+    x = summed(matmul(inner, weights.down, target=target))
     if weights.qkv is None:
-        return hidden, None
-    return hidden, matmul(rms_norm(hidden, norms[1], eps), weights.qkv, target=target)
+        return hidden + x, None
+    hidden, x = add_rms_norm(x, hidden, norms[1], eps, target=target)
+    return hidden, matmul(x, weights.qkv, target=target)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lumen_kernels.dense_chain import Weights, xla
+from lumen_kernels.dense_chain import Weights, no_meetings, xla
 
 from tools.bench.kernels import reference
 from tools.bench.kernels.case import Bar, Bench, Case, Measurement, Work
@@ -28,11 +28,10 @@ _BAR = Bar("TB/s", 3.75, 4.0, peer_source="product by product in the same run")
 
 
 class _State(NamedTuple):
-    """Of a launch: what each call made, and what the next launch's meetings start from."""
+    """Of a launch: what each call made."""
 
     hidden: list[Any]
     projected: list[Any]
-    meetings: Any
 
 
 # attended, hidden, weights, norms, meetings, row of norms -> hidden, projected, meetings
@@ -66,9 +65,7 @@ def _case(bench: Bench, chain: Chain, rows: int) -> Case:
     layers = [Weights(*matrices)] * _LAYERS
     attended, hidden = struct(rows, chain.q_width), struct(rows, chain.hidden)
     norms = struct(2 * _LAYERS, chain.hidden, dtype=jnp.float32)
-    state = _State(
-        [hidden] * _CALLS, [struct(rows, chain.qkv)] * _CALLS, struct(1, dtype=jnp.int32)
-    )
+    state = _State([hidden] * _CALLS, [struct(rows, chain.qkv)] * _CALLS)
     programs = [
         Program(_layers(one), state, (attended, hidden, norms, layers), _CALLS, alone=True)
         for one in (ours, by_products)
@@ -84,7 +81,8 @@ def _layers(chain: _Chain) -> Callable[..., _State]:
     def function(
         old: _State, attended: Any, hidden: Any, norms: Any, layers: list[Weights]
     ) -> _State:
-        meetings, made, projected = old.meetings, [], []
+        del old
+        meetings, made, projected = no_meetings(), [], []
         for call in range(_CALLS):
             hidden, columns, meetings = chain(
                 attended, hidden, layers[call % _LAYERS], norms, meetings, _norm(call)
@@ -92,7 +90,7 @@ def _layers(chain: _Chain) -> Callable[..., _State]:
             made.append(hidden)
             projected.append(columns)
             attended = columns[:, : attended.shape[1]]
-        return _State(made, projected, meetings)
+        return _State(made, projected)
 
     return function
 
@@ -115,7 +113,7 @@ def _measure(timing: Timing, name: str, programs: list[Program]) -> Measurement:
                 hidden = state.hidden[call - 1]
                 attended = state.projected[call - 1][:, : operands[0].shape[1]]
             expected = _exact(attended, hidden, exact, norms, _norm(call))
-            for kind, made, wanted in zip(_State._fields, state, expected, strict=False):
+            for kind, made, wanted in zip(_State._fields, state, expected, strict=True):
                 reference.require_close(f"{who}, {kind} of call {call}", made[call], wanted)
         del exact
     samples = [
