@@ -33,8 +33,8 @@ class EngineConfig:
     pipeline_depth: int = 2
     decode_steps: int = 1
     max_step_tokens: int | None = None
-    spread_steps: int = 16
-    min_prefill_tokens: int = 512
+    spread_steps: int = 32
+    min_prefill_tokens: int = 256
     watermark: float = 0.01
     prefix_caching: bool = True
 

@@ -50,7 +50,7 @@ def test_the_step_budget_bounds_decodes_and_chunks_together(make_driver, make_pr
 
 
 def test_prompts_are_spread_over_steps_while_others_decode(make_driver, make_prompt):
-    """A sixteenth part of what waits, as a power of two; all of it when nothing decodes."""
+    """A quarter of what waits, here, as a power of two; all of it when nothing decodes."""
     driver = make_driver(
         limits={"max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12},
         config={"spread_steps": 4, "min_prefill_tokens": 2, "prefix_caching": False},
