@@ -14,6 +14,9 @@ from lumen.sharding import TENSOR_AXIS
 from lumen.tensor_source import TensorSource
 from serving.engine.device.arena import ArenaLayout, arena_layout
 from serving.engine.device.compilation import Source, compile_all, jax_cache, without_jax_cache
+from serving.engine.device.compile_children import CompileChildren, children_for
+from serving.engine.device.compile_recipe import recipe
+from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.device.executor import DeviceExecutor
 from serving.engine.device.memory import device_memory
@@ -67,7 +70,7 @@ def build_device_executor(
         if progress is not None:
             progress(done, total, name)
 
-    with jax_cache(config.cache_dir, devices):
+    with _children(config, devices) as children, jax_cache(config.cache_dir, devices):
         model = load_model(source, mesh, config.dtype, lambda count, of: advance(WEIGHTS))
         jax.block_until_ready((model.embedding, model.units, model.head))
         layout = arena_layout(
@@ -75,7 +78,7 @@ def build_device_executor(
             Target.of(devices),
         )  # fmt: skip
         limits = _limits(model, layout, config)
-        programs = _compile(model, layout, limits, config, advance)
+        programs = _compile(model, layout, limits, config, advance, children)
     return DeviceExecutor(model, programs, limits, programs.zero_arena())
 
 
@@ -107,6 +110,7 @@ def _compile(
     limits: ExecutorLimits,
     config: DeviceExecutorConfig,
     advance: Callable[[str], None],
+    children: CompileChildren | None,
 ) -> Programs:
     shapes = ProgramShapes(
         model.config, model.defs, model.mesh, model.dtype, layout, limits.num_rows,
@@ -115,19 +119,26 @@ def _compile(
     decode, chunks = config.decode_buckets, config.chunk_buckets
     arguments = ArgumentLister(shapes).arguments(decode, chunks)
     sources = {
-        key: Source(lower, arguments[key])
-        for key, lower in ProgramBuilder(shapes).lowerings(decode, chunks).items()
+        key: Source(lower, arguments[key], key)
+        for key, lower in sorted(
+            ProgramBuilder(shapes).lowerings(decode, chunks).items(), key=_longest_first
+        )
     }
     names = {key: " ".join(str(_word(part)) for part in key) for key in sources}
     for key in sources:
         if key[0].startswith("prefill"):
             names[key] += f" of {chunks[key[1]]}"  # sequences: a program of its own in the cache
+    target = Target.of(list(shapes.mesh.devices.flat))
+    if children is not None:
+        children.instruct(recipe(shapes, target, decode, chunks))
     with _program_cache(config, shapes) as cache:
         compiled = compile_all(
             {names[key]: source for key, source in sources.items()},
             config.compile_threads,
             lambda name, loaded: advance(name + LOADED if loaded else name),
             cache,
+            children,
+            compiler_options(target.platform),
         )
     tables: dict[str, dict[Any, Any]] = {}
     for key in sources:
@@ -148,6 +159,31 @@ def _program_cache(
     with without_jax_cache():
         identity = replica_identity(shapes, Target.of(list(shapes.mesh.devices.flat)))
         yield open_program_cache(config.cache_dir / _EXECUTABLES, shapes.mesh, identity)
+
+
+_ORDER = ("decode_unit", "prefill_unit", HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED)
+"""Kinds of programs that take long to make, the longest first."""
+
+
+def _longest_first(item: tuple[tuple[Any, ...], Any]) -> int:
+    kinds = item[0]
+    return next((place for place, kind in enumerate(_ORDER) if kind in kinds), len(_ORDER))
+
+
+@contextlib.contextmanager
+def _children(
+    config: DeviceExecutorConfig, devices: Sequence[jax.Device]
+) -> Iterator[CompileChildren | None]:
+    """Processes to compile in, where they pay and something is to be compiled."""
+    count = children_for(devices, _program_count(config))
+    if not count or config.cache_dir is None:
+        yield None
+        return
+    children = CompileChildren(count)
+    try:
+        yield children
+    finally:
+        children.close()
 
 
 def _word(part: Any) -> Any:

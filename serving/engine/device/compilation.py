@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,13 +14,18 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from serving.engine.device.compile_children import CompileChildren
+from serving.engine.device.compile_recipe import Key
+from serving.engine.device.executables import loaded_executable
 from serving.engine.device.program_cache import ProgramCache, may_load
+from serving.engine.device.program_signature import mismatch
 
 Compiled = Callable[..., Any]
 """A compiled program: takes exactly the shapes it was compiled for, and compiles nothing."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
+_log = logging.getLogger(__name__)
 _watching = threading.local()
 _listener_lock = threading.Lock()
 _listener_installed = False
@@ -61,10 +67,14 @@ def _on_event(event: str, duration_secs: float, **details: str | int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a program comes from: a cache, by the arguments it takes, or else lowering it."""
+    """Where a program comes from: a cache, by the arguments it takes, a child, or lowering it.
+
+    key: by which children know it; None: they do not.
+    """
 
     lower: Callable[[], jax.stages.Lowered]
     arguments: tuple[Any, ...]
+    key: Key | None = None
 
 
 def compile_all(
@@ -72,24 +82,29 @@ def compile_all(
     threads: int,
     progress: Callable[[str, bool], None],
     cache: ProgramCache | None = None,
+    children: CompileChildren | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Compiled]:
-    """Load what the cache has; lower the rest one after another and compile several at a time.
+    """Load what the cache has, have children compile the rest, and compile here what they do not.
 
-    progress is told each name when it is done, and whether it was loaded. Lowering is Python: if
-    all threads did it at once, the first would be done, and a compiler busy, as late as the last.
-    (37 programs of the 8B shape on 16 cores and one H200: 22 of 35 s went by before the first unit
-    began to compile.)
+    sources: the first are begun first. progress is told each name when it is done, and whether it
+    was loaded from the cache. children: used only with a cache, which is there only if the devices
+    run what they load. options: `compiler_options`.
+
+    What is compiled here is lowered one after another and compiled several at a time. Lowering is
+    Python: if all threads did it at once, the first would be done, and a compiler busy, as late as
+    the last. (37 programs of the 8B shape on 16 cores and one H200: 22 of 35 s went by before the
+    first unit began to compile.)
     """
     compiled: dict[str, Compiled] = {}
-    lowering = threading.Lock()
+    work = _Work(cache, children if cache is not None else None, options or {})
+    if work.children is not None:
+        threads = max(threads, work.children.count)
     with (
         _without_collections(),
         ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
     ):
-        waiting = {
-            pool.submit(_load_or_compile, name, source, lowering, cache): name
-            for name, source in sources.items()
-        }
+        waiting = {pool.submit(work.make, name, source): name for name, source in sources.items()}
         try:
             for future in as_completed(waiting):
                 name = waiting[future]
@@ -118,18 +133,51 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _load_or_compile(
-    name: str, source: Source, lowering: threading.Lock, cache: ProgramCache | None
-) -> tuple[Compiled, bool]:
-    """(the program, whether it was loaded)."""
-    if cache is not None and (loaded := cache.load(name, source.arguments)) is not None:
-        return loaded, True
-    with lowering:
-        lowered = source.lower()
-    compiled = lowered.compile()
-    if cache is not None:
-        cache.store(name, compiled)
-    return compiled, False
+class _Work:
+    """Makes programs, on several threads."""
+
+    def __init__(
+        self,
+        cache: ProgramCache | None,
+        children: CompileChildren | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.children = children
+        self._cache = cache
+        self._options = options
+        self._lowering = threading.Lock()
+
+    def make(self, name: str, source: Source) -> tuple[Compiled, bool]:
+        """(the program, whether it was loaded from the cache)."""
+        cache = self._cache
+        if cache is not None:
+            if (loaded := cache.load(name, source.arguments)) is not None:
+                return loaded, True
+            if (made := self._by_child(name, source, cache)) is not None:
+                return made, False
+        with self._lowering:
+            lowered = source.lower()
+        compiled = lowered.compile(compiler_options=self._options)
+        if cache is not None:
+            cache.store(name, compiled)
+        return compiled, False
+
+    def _by_child(self, name: str, source: Source, cache: ProgramCache) -> Compiled | None:
+        if self.children is None or source.key is None:
+            return None
+        packed = self.children.compile(source.key)
+        if packed is None:
+            return None
+        try:
+            compiled = loaded_executable(packed, cache.devices)
+            wrong = mismatch(compiled, source.arguments)
+        except Exception as error:  # unpickling and loading raise whatever they like
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong is not None:
+            _log.warning("What a child made of %s is of no use: %s", name, wrong)
+            return None
+        cache.keep(name, packed)
+        return compiled
 
 
 @contextlib.contextmanager
