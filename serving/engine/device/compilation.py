@@ -2,11 +2,9 @@
 
 import contextlib
 import gc
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,18 +12,15 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from serving.engine.device.compile_children import CompileChildren
-from serving.engine.device.compile_recipe import Key
-from serving.engine.device.executables import loaded_executable
+from serving.engine.device.child_programs import ChildPrograms
 from serving.engine.device.program_cache import ProgramCache, may_load
-from serving.engine.device.program_signature import mismatch
+from serving.engine.device.program_source import Source
 
 Compiled = Callable[..., Any]
 """A compiled program: takes exactly the shapes it was compiled for, and compiles nothing."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
-_log = logging.getLogger(__name__)
 _watching = threading.local()
 _listener_lock = threading.Lock()
 _listener_installed = False
@@ -65,31 +60,18 @@ def _on_event(event: str, duration_secs: float, **details: str | int) -> None:
         watch.count += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a program comes from: a cache, by the arguments it takes, a child, or lowering it.
-
-    key: by which children know it; None: they do not.
-    """
-
-    lower: Callable[[], jax.stages.Lowered]
-    arguments: tuple[Any, ...]
-    key: Key | None = None
-
-
 def compile_all(
     sources: Mapping[str, Source],
     threads: int,
     progress: Callable[[str, bool], None],
     cache: ProgramCache | None = None,
-    children: CompileChildren | None = None,
+    children: ChildPrograms | None = None,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Compiled]:
-    """Load what the cache has, have children compile the rest, and compile here what they do not.
+    """Load what the cache has, take what children make, compile the rest here.
 
-    sources: the first are begun first. progress is told each name when it is done, and whether it
-    was loaded from the cache. children: used only with a cache, which is there only if the devices
-    run what they load. options: `compiler_options`.
+    progress is told each name when it is done, and whether it came from the cache. options:
+    `compiler_options`.
 
     What is compiled here is lowered one after another and compiled several at a time. Lowering is
     Python: if all threads did it at once, the first would be done, and a compiler busy, as late as
@@ -97,9 +79,7 @@ def compile_all(
     first unit began to compile.)
     """
     compiled: dict[str, Compiled] = {}
-    work = _Work(cache, children if cache is not None else None, options or {})
-    if work.children is not None:
-        threads = max(threads, work.children.count)
+    work = _Work(cache, children, options)
     with (
         _without_collections(),
         ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
@@ -139,45 +119,27 @@ class _Work:
     def __init__(
         self,
         cache: ProgramCache | None,
-        children: CompileChildren | None,
-        options: dict[str, Any],
+        children: ChildPrograms | None,
+        options: dict[str, Any] | None,
     ) -> None:
-        self.children = children
         self._cache = cache
+        self._children = children
         self._options = options
         self._lowering = threading.Lock()
 
     def make(self, name: str, source: Source) -> tuple[Compiled, bool]:
-        """(the program, whether it was loaded from the cache)."""
+        """(the program, whether it came from the cache)."""
+        if self._children is not None and (made := self._children.take(name)) is not None:
+            return made, False
         cache = self._cache
-        if cache is not None:
-            if (loaded := cache.load(name, source.arguments)) is not None:
-                return loaded, True
-            if (made := self._by_child(name, source, cache)) is not None:
-                return made, False
+        if cache is not None and (loaded := cache.load(name, source.arguments)) is not None:
+            return loaded, True
         with self._lowering:
             lowered = source.lower()
         compiled = lowered.compile(compiler_options=self._options)
         if cache is not None:
             cache.store(name, compiled)
         return compiled, False
-
-    def _by_child(self, name: str, source: Source, cache: ProgramCache) -> Compiled | None:
-        if self.children is None or source.key is None:
-            return None
-        packed = self.children.compile(source.key)
-        if packed is None:
-            return None
-        try:
-            compiled = loaded_executable(packed, cache.devices)
-            wrong = mismatch(compiled, source.arguments)
-        except Exception as error:  # unpickling and loading raise whatever they like
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong is not None:
-            _log.warning("What a child made of %s is of no use: %s", name, wrong)
-            return None
-        cache.keep(name, packed)
-        return compiled
 
 
 @contextlib.contextmanager

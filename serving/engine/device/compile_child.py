@@ -18,30 +18,27 @@ from typing import Any
 
 import jax
 
-from serving.engine.device.compile_recipe import Answer, Key, Recipe
+from serving.engine.device.compile_recipe import Answer, Recipe
 from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.executables import packed_executable
+from serving.engine.device.program_source import Key
 from serving.engine.device.programs import ProgramBuilder
 
 
 def main(fd: int) -> None:
-    """Answer what comes until the other end is gone."""
+    """Compile what is asked for, until the other end is gone. Raises RecipeError."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     gc.disable()  # as `compile_all` does
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it cannot be saved
     link = Connection(fd)
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(link, asked), daemon=True).start()
-    make: Callable[[Key], bytes] | None = None
+    make = _maker(asked.get())
     while True:
-        message = asked.get()
-        answer: Answer = (b"", "")
+        key = asked.get()
         try:
-            if isinstance(message, Recipe):
-                make = _maker(message)
-            elif make is not None:
-                answer = (make(message), "")
-        except Exception as error:  # told to the other end, which does it itself
+            answer: Answer = (make(key), "")
+        except Exception as error:  # told to the other end, which compiles it itself
             answer = (None, f"{type(error).__name__}: {error}")
         link.send(answer)
 

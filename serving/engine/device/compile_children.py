@@ -8,6 +8,7 @@ send back is what the cache of executables keeps.
 Nothing depends on them: whatever a child does not deliver is compiled here.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -19,48 +20,47 @@ from multiprocessing import Pipe
 
 import jax
 
-from serving.engine.device.compile_recipe import Answer, Key, Recipe, RecipeError
+from serving.engine.device.compile_recipe import Answer, Recipe
+from serving.engine.device.program_source import Key
 
 _MODULE = "serving.engine.device.compile_child"
 _FEWEST_CORES = 4
 _MOST_CHILDREN = 16
 _ANSWER_S = 180.0
 """Of one program; those of the 8B shape take up to 8 s. A child that needs longer is given up."""
-_GRACE_S = 5.0
 
 _log = logging.getLogger(__name__)
 
 
 class CompileChildren:
-    """Processes that compile. Methods may be called from several threads."""
+    """Processes that compile the programs of a recipe. Methods may be called from several threads.
 
-    def __init__(self, count: int, answer_s: float = _ANSWER_S) -> None:
+    answer_s: a child that takes longer for a program is given up.
+    """
+
+    def __init__(self, count: int, recipe: Recipe, answer_s: float = _ANSWER_S) -> None:
         self.count = count
         self._answer_s = answer_s
-        self._idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         self._alive = count
+        self._closing = False
         self._lock = threading.Lock()
-        self._recipe: Recipe | None = None
-        self._children = [_Child() for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
+        self._children = [_Child(recipe) for _ in range(count)]
         for child in self._children:
             self._idle.put(child)
-
-    def instruct(self, recipe: Recipe) -> None:
-        """Say what the keys of programs mean from now on; each child learns it with its next."""
-        self._recipe = recipe
 
     def compile(self, key: Key) -> bytes | None:
         """What `packed_executable` makes of a program; None if the children cannot compile it.
 
         Waits for an idle child.
         """
-        child = self._take()
-        if child is None:
+        child = self._idle.get()
+        if child is None:  # there are none left, and others wait to hear it too
+            self._idle.put(None)
             return None
         try:
-            self._teach(child)
             answer, why = child.ask(key, self._answer_s)
-        except (EOFError, OSError, TimeoutError, RecipeError) as error:
+        except (EOFError, OSError, TimeoutError) as error:
             self._lose(child, error)
             return None
         self._idle.put(child)
@@ -69,30 +69,18 @@ class CompileChildren:
         return answer
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes. Whoever waits for one of them gets None."""
+        self._closing = True
         for child in self._children:
             child.end()
 
-    def _take(self) -> "_Child | None":
-        child = self._idle.get()
-        if child is None:  # there are none left, and others wait to hear it too
-            self._idle.put(None)
-        return child
-
-    def _teach(self, child: "_Child") -> None:
-        recipe = self._recipe
-        if child.recipe is not recipe:
-            answer, why = child.ask(recipe, self._answer_s)
-            if answer is None:
-                raise RecipeError(why)
-            child.recipe = recipe
-
     def _lose(self, child: "_Child", error: Exception) -> None:
         child.end()
-        _log.warning(
-            "A process that compiles is gone (%s: %s); the others go on without it.",
-            type(error).__name__, error,
-        )  # fmt: skip
+        if not self._closing:
+            _log.warning(
+                "A process that compiles is gone (%s: %s); its program is compiled here.",
+                type(error).__name__, error,
+            )  # fmt: skip
         with self._lock:
             self._alive -= 1
             if not self._alive:
@@ -100,32 +88,30 @@ class CompileChildren:
 
 
 class _Child:
-    def __init__(self) -> None:
-        self.recipe: Recipe | None = None
+    def __init__(self, recipe: Recipe) -> None:
         self._link, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stdout=sys.stderr, pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL, stdout=2, pass_fds=(theirs.fileno(),),
                 env=_environment(),
             )  # fmt: skip
+        with contextlib.suppress(OSError):  # if it is gone, the first to ask will hear it
+            self._link.send(recipe)
 
-    def ask(self, message: Recipe | Key | None, wait_s: float) -> Answer:
+    def ask(self, key: Key, wait_s: float) -> Answer:
         """Raises EOFError or OSError if the child is gone, TimeoutError if it does not answer."""
-        self._link.send(message)
+        self._link.send(key)
         if not self._link.poll(wait_s):
             raise TimeoutError(f"no answer in {wait_s:.0f} s")
         answer: Answer = self._link.recv()
         return answer
 
     def end(self) -> None:
-        """By closing the link, or else by force."""
+        """It has nothing to lose. Whoever waits for its answer hears that it is gone."""
+        self._process.kill()
+        self._process.wait()
         self._link.close()
-        try:
-            self._process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def _environment() -> dict[str, str]:

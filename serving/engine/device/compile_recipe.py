@@ -18,9 +18,6 @@ from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.program_identity import code_identity, jax_settings
 from serving.engine.device.program_shapes import ProgramShapes
 
-Key = tuple[Any, ...]
-"""Of a program, as in `ProgramBuilder.lowerings`."""
-
 Answer = tuple[bytes | None, str]
 """Of a child: (what `packed_executable` made, "") or (None, why nothing came of it)."""
 

@@ -75,6 +75,10 @@ class ProgramCache:
             path.unlink(missing_ok=True)
         return None
 
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name; loading it may still fail."""
+        return self._path(name).exists()
+
     def store(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keep a program that was compiled here, not one that was loaded. Never raises."""
         try:
