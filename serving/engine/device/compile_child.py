@@ -52,6 +52,8 @@ def _listen(link: Connection, asked: "queue.SimpleQueue[Any]") -> None:
 
 
 def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
+    if recipe.topology is None:
+        jax.config.update("jax_num_cpu_devices", max(recipe.device_ids) + 1)
     shapes = recipe.shapes()
     options = compiler_options(shapes.mesh.devices.flat[0].platform)
     lowerings = ProgramBuilder(shapes, recipe.target).lowerings(

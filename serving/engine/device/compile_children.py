@@ -89,6 +89,7 @@ class CompileChildren:
 
 class _Child:
     def __init__(self, recipe: Recipe) -> None:
+        self._asking = threading.Lock()
         self._link, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -101,17 +102,19 @@ class _Child:
 
     def ask(self, key: Key, wait_s: float) -> Answer:
         """Raises EOFError or OSError if the child is gone, TimeoutError if it does not answer."""
-        self._link.send(key)
-        if not self._link.poll(wait_s):
-            raise TimeoutError(f"no answer in {wait_s:.0f} s")
-        answer: Answer = self._link.recv()
-        return answer
+        with self._asking:
+            self._link.send(key)
+            if not self._link.poll(wait_s):
+                raise TimeoutError(f"no answer in {wait_s:.0f} s")
+            answer: Answer = self._link.recv()
+            return answer
 
     def end(self) -> None:
         """It has nothing to lose. Whoever waits for its answer hears that it is gone."""
         self._process.kill()
         self._process.wait()
-        self._link.close()
+        with self._asking:  # nobody reads from a number that is another file's by now
+            self._link.close()
 
 
 def _environment() -> dict[str, str]:

@@ -70,8 +70,6 @@ class Recipe:
         return shapes
 
     def _devices(self) -> list[jax.Device]:
-        if self.topology is None:
-            jax.config.update("jax_num_cpu_devices", max(self.device_ids) + 1)
         there = jax.devices("cpu")  # loads the plug-in that knows the topology
         if self.topology is not None:
             there = topologies.TopologyDescription.deserialize(self.topology).devices
