@@ -2,8 +2,8 @@
 
 Llama 2/3.x, Mistral, SmolLM2, Qwen2/2.5 (QKV bias), Qwen3 (QK norm). Modules see the shapes of
 one device: under tensor parallelism they run inside `jax.shard_map` and sum over `axis_name`
-themselves. What attention reads and writes is the caller's business: a unit hands q, k, v and an
-opaque arena to an `attend` function.
+themselves. What attention reads and writes is the caller's business, and so are positions: a unit
+hands a layer's projections and an opaque arena to an `attend` function.
 
 Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32, everything else
 has the model's dtype; sums inside norms, rotations and activations are in float32.
@@ -18,10 +18,10 @@ from flax import nnx
 from jax import lax
 from lumen_kernels.dense_chain import Weights, dense_chain, no_meetings, rms_norm
 from lumen_kernels.matmul import matmul
+from lumen_kernels.rotary_write import Projections
 from lumen_kernels.target import Target
 
 from lumen.config import ModelConfig
-from lumen.rope import inverse_frequencies, rotate, rotation
 from lumen.sharding import HeadLayout, padded
 
 
@@ -29,13 +29,12 @@ class Attend(Protocol):
     """Attention of one layer: writes k and v to the arena and returns what q reads from it."""
 
     def __call__(
-        self, layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Any
+        self, layer_in_unit: int, projections: Projections, arena: Any
     ) -> tuple[jax.Array, Any]:
         """Attend.
 
-        q [tokens, q heads, head_dim], k and v [tokens, kv heads, head_dim], rotated and in the
-        model's dtype. Returns the outputs, shaped as q, and the arena. Scores are q·k times
-        head_dim ** -0.5.
+        projections: q, k and v of the layer, to be rotated, in the model's dtype. Returns the
+        outputs [tokens, q heads, head_dim] and the arena. Scores are q·k times head_dim ** -0.5.
         """
         ...
 
@@ -100,7 +99,6 @@ class DecoderUnit(nnx.Module):
     def __call__(
         self,
         hidden: jax.Array,
-        positions: jax.Array,
         arena: Any,
         attend: Attend,
         target: Target,
@@ -108,20 +106,17 @@ class DecoderUnit(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Run the unit's layers.
 
-        hidden [tokens, hidden] in the model's dtype, positions int32 [tokens]; target: of the mesh
-        this is traced for. Returns the new hidden states and the arena as `attend` left it.
+        hidden [tokens, hidden] in the model's dtype; target: of the mesh this is traced for.
+        Returns the new hidden states and the arena as `attend` left it.
         """
         eps, layers = self.config.rms_norm_eps, list(self.layers)
         reduce = None if axis_name is None else partial(lax.psum, axis_name=axis_name)
-        cos, sin = rotation(positions, inverse_frequencies(self.config))
         norms, meetings = self.norms[...].reshape(2 * len(layers), -1), no_meetings()
         x = rms_norm(hidden, norms[0], eps)
         projected: jax.Array | None = matmul(x, layers[0].qkv[...], target=target)
         for index, layer in enumerate(layers):
             assert projected is not None  # a layer that has one after it projects for it
-            q, k, v = self._queries_keys_values(index, projected)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            attended, arena = attend(index, q, k, v, arena)
+            attended, arena = attend(index, self._projections(index, projected), arena)
             following = layers[index + 1].qkv[...] if index + 1 < len(layers) else None
             hidden, projected, meetings = dense_chain(
                 attended.reshape(attended.shape[0], -1),
@@ -136,23 +131,12 @@ class DecoderUnit(nnx.Module):
             )
         return hidden, arena
 
-    def _queries_keys_values(
-        self, index: int, fused: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Split a layer's projections [tokens, qkv rows] to q, k, v [tokens, heads, head_dim].
-
-        With bias and norms, not rotated.
-        """
-        config, heads = self.config, self.heads
-        if config.qkv_bias:
-            fused = (fused.astype(jnp.float32) + self.qkv_bias[index]).astype(fused.dtype)
-        fused = fused.reshape(fused.shape[0], -1, config.head_dim)
-        ends = (heads.q_per_device, heads.q_per_device + heads.kv_per_device)
-        q, k, v = jnp.split(fused, ends, axis=1)
-        if config.qk_norm:
-            q = rms_norm(q, self.qk_norms[index, 0], config.rms_norm_eps)
-            k = rms_norm(k, self.qk_norms[index, 1], config.rms_norm_eps)
-        return q, k, v
+    def _projections(self, index: int, fused: jax.Array) -> Projections:
+        """A layer's projections [tokens, qkv rows] with what the family adds to them."""
+        config = self.config
+        bias = self.qkv_bias[index] if config.qkv_bias else None
+        norms = self.qk_norms[index] if config.qk_norm else None
+        return Projections(fused, bias, norms)
 
 
 class Head(nnx.Module):

@@ -39,17 +39,10 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.floa
     )
 
 
-def rotation(
-    positions: jax.Array, frequencies: np.ndarray[Any, np.dtype[np.float32]]
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for int32 positions [tokens]: two float32 [tokens, head_dim / 2]."""
+def rotation(positions: jax.Array, frequencies: np.ndarray[Any, np.dtype[np.float32]]) -> jax.Array:
+    """Cosines, then sines, for int32 positions [tokens]: float32 [tokens, head_dim].
+
+    What `lumen_kernels.rotary_write` takes: the same for all layers of a step.
+    """
     angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn every head of x [tokens, heads, head_dim]; same shape and dtype, computed in fp32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -11,15 +11,10 @@ from serving.engine.executor import ExecutorLimits
 from tools.bench import results
 from tools.bench.engine import bars, measurements
 from tools.bench.engine.bars import Bar
-from tools.bench.engine.engine import (
-    EngineError,
-    EngineSettings,
-    InProcessEngine,
-    Run,
-    build,
-)
+from tools.bench.engine.engine import EngineSettings, InProcessEngine, Run, build
 from tools.bench.engine.measurements import Bench
 from tools.bench.engine.profile import DecodeTrace, DeviceEvent, device_step
+from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import MEASURED, line, markdown, measured, not_measured
 from tools.bench.engine.runner import Options, run
 from tools.bench.engine.start_up import StartUp, report, start
@@ -59,6 +54,8 @@ def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     rows = {one["name"]: one for one in content["rows"]}
     idle = rows.pop("device idle per step, batch 4, context 24")
     assert idle["status"] == "not measured: the profile shows no GPU"
+    itl = rows.pop("ITL p99 under a trace")
+    assert itl["status"] == "not measured: no trace given"
     assert {one["status"] for one in rows.values()} == {MEASURED}
     assert all(one["median"] > 0 for name, one in rows.items() if not name.startswith("(a) decode"))
     assert rows["KV capacity"]["samples"] == [64 * 16]

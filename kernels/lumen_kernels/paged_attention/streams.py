@@ -25,6 +25,19 @@ def stream_positions(
     return row, jnp.where(index < ends[-1], position, -1)
 
 
+def write_places(
+    tables: jax.Array, rows: jax.Array, positions: jax.Array, block_size: int
+) -> jax.Array:
+    """Where tokens of `rows` at `positions`, int32 [tokens], are stored: int32 [2, tokens].
+
+    Slot bases and positions inside the blocks, as `lumen_kernels.rotary_write.write` takes them.
+    Where a position is negative the slot is, and nothing is stored.
+    """
+    at = jnp.maximum(positions, 0)
+    slots = jnp.where(positions >= 0, tables[rows, at // block_size], -1)
+    return jnp.stack([slots, at % block_size])
+
+
 def write_at(
     k: jax.Array,
     v: jax.Array,
@@ -40,11 +53,8 @@ def write_at(
 
     Where a position is negative nothing is stored.
     """
-    at = jnp.maximum(positions, 0)
-    slots = jnp.where(positions >= 0, tables[rows, at // block_size], -1)
-    written: Arena = kv_write.write(
-        k, v, arena, slots, at % block_size, layer_offset, target=target
-    )
+    slots, offsets = write_places(tables, rows, positions, block_size)
+    written: Arena = kv_write.write(k, v, arena, slots, offsets, layer_offset, target=target)
     return written
 
 

@@ -46,7 +46,7 @@ def build_device_executor(
     config: DeviceExecutorConfig,
     progress: BuildProgress | None = None,
 ) -> DeviceExecutor:
-    """Load the weights onto the devices, allocate the arena, compile every program.
+    """Load the weights onto the devices, allocate the arena, compile and run every program.
 
     devices: of one platform; more than one are used tensor-parallel. Raises ConfigurationError if
     the settings do not fit the model or the memory (saying what would), or if others may write to
@@ -87,7 +87,9 @@ def build_device_executor(
             making = ProgramMaking(_shapes(model.config, model.defs, mesh, layout, config), config)
             ends.callback(making.close)
         programs = making.finish(advance)
-    return DeviceExecutor(model, programs, limits, programs.zero_arena())
+    executor = DeviceExecutor(model, programs, limits, programs.zero_arena())
+    executor.rehearse()
+    return executor
 
 
 def _early(source: TensorSource, mesh: Mesh, config: DeviceExecutorConfig) -> ProgramMaking | None:

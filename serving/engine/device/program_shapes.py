@@ -68,6 +68,10 @@ class ProgramShapes:
         """Integers that every device has."""
         return self.struct(shape, jnp.int32, WHOLE)
 
+    def float32(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """Wide numbers that every device has."""
+        return self.struct(shape, jnp.float32, WHOLE)
+
     def struct(
         self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec
     ) -> jax.ShapeDtypeStruct:

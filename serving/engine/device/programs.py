@@ -15,13 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from lumen_kernels import paged_attention
 from lumen_kernels.paged_attention.options import Arena
-from lumen_kernels.paged_attention.streams import stream_positions
 from lumen_kernels.target import Target
 
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
-from lumen.sharding import TENSOR_AXIS, HeadLayout
+from lumen.sharding import TENSOR_AXIS
 from serving.engine.device.compilation import Compiled
 from serving.engine.device.program_shapes import (
     ARENA,
@@ -30,6 +28,7 @@ from serving.engine.device.program_shapes import (
     WHOLE,
     ProgramShapes,
 )
+from serving.engine.device.step_attention import Schedule, Step, StepAttention
 
 
 class HeadKind(enum.Enum):
@@ -41,29 +40,25 @@ class HeadKind(enum.Enum):
     COMPLETE = "complete"  # masks and log-probabilities too
 
 
-Schedule = tuple[jax.Array, ...]
-"""What `paged_attention.decode_schedule` makes, or nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Programs:
     """Compiled programs by bucket. Shapes: b rows, c tokens and s sequences of a prefill call, t
     table columns.
 
-    decode_embed[b](embedding, last_tokens [num_rows], rows [b], lengths [b])
-        -> hidden [b, hidden size], schedule
-    decode_unit[b](unit, hidden, arena, tables [b, t], lengths [b], schedule, offset)
-        -> hidden, arena
-    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size]
-    prefill_unit[c](unit, hidden, arena, call, offset) -> hidden, arena
+    decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
+        -> hidden [b, hidden size], step, schedule
+    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offset) -> hidden, arena
+    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step
+    prefill_unit[c](unit, hidden, arena, call, step, offset) -> hidden, arena
     prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
     zero_arena() -> arena
 
-    schedule: how attention of this step is cut over the chip, the same for all layers; a tuple,
-    empty where the backend needs none. rows: num_rows marks a padding row. lengths: tokens
-    including the one being run, 0 for padding.
+    step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
+    of this step is cut over the chip, the same for all layers; a tuple, empty where the backend
+    needs none. rows: num_rows marks a padding row. lengths: tokens including the one being run, 0
+    for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
@@ -96,6 +91,7 @@ class ProgramBuilder:
         self._target = target or Target.of(list(shapes.mesh.devices.flat))
         self._platforms = platforms
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
+        self._attention = StepAttention(shapes, self._target)
 
     def lowerings(
         self, decode_buckets: Sequence[int], chunk_buckets: Mapping[int, int]
@@ -138,11 +134,13 @@ class ProgramBuilder:
             weights: Sequence[jax.Array],
             last_tokens: jax.Array,
             rows: jax.Array,
+            tables: jax.Array,
             lengths: jax.Array,
-        ) -> tuple[jax.Array, Schedule]:
+        ) -> tuple[jax.Array, Step, Schedule]:
             tokens = last_tokens.at[rows].get(mode="fill", fill_value=0)
             hidden: jax.Array = embedding.merge(weights)(tokens, self._axis)
-            return hidden, self._schedule(lengths)
+            step = self._attention.decode_step(tables, lengths)
+            return hidden, step, self._attention.schedule(lengths)
 
         return self._lower(
             decode_embed,
@@ -150,9 +148,10 @@ class ProgramBuilder:
                 shapes.weights(embedding),
                 shapes.int32(shapes.num_rows),
                 shapes.int32(rows),
+                shapes.int32(rows, shapes.table_columns),
                 shapes.int32(rows),
             ),
-            (WHOLE, WHOLE),
+            (WHOLE, WHOLE, WHOLE),
         )
 
     def _decode_unit(self, rows: int) -> jax.stages.Lowered:
@@ -165,21 +164,13 @@ class ProgramBuilder:
             arena: Arena,
             tables: jax.Array,
             lengths: jax.Array,
+            step: Step,
             schedule: Schedule,
             offset: jax.Array,
         ) -> tuple[jax.Array, Arena]:
-            def attend(
-                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Arena
-            ) -> tuple[jax.Array, Arena]:
-                out, _, arena = paged_attention.decode(
-                    q, k, v, arena, tables, lengths, self._layer_offset(offset, layer_in_unit),
-                    schedule=next(iter(schedule), None), **self._attention(),
-                )  # fmt: skip
-                return out, arena
-
-            positions = jnp.maximum(lengths - 1, 0)
+            attend = self._attention.decode_attend(step, schedule, tables, lengths, offset)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, positions, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis
             )
             return result
 
@@ -188,7 +179,7 @@ class ProgramBuilder:
             (
                 shapes.weights(unit), shapes.hidden(rows), shapes.arena(),
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
-                self._schedule_shape(rows), shapes.int32(),
+                self._attention.step_shape(rows), self._schedule_shape(rows), shapes.int32(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -198,14 +189,15 @@ class ProgramBuilder:
         shapes = self._shapes
         embedding = shapes.defs.embedding
 
-        def prefill_embed(weights: Sequence[jax.Array], call: jax.Array) -> jax.Array:
+        def prefill_embed(weights: Sequence[jax.Array], call: jax.Array) -> tuple[jax.Array, Step]:
+            tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
             hidden: jax.Array = embedding.merge(weights)(call[:tokens], self._axis)
-            return hidden
+            return hidden, self._attention.prefill_step(tables, starts, counts, tokens)
 
         return self._lower(
             prefill_embed,
             (shapes.weights(embedding), shapes.prefill_call(tokens, sequences)),
-            WHOLE,
+            (WHOLE, WHOLE),
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
@@ -217,23 +209,13 @@ class ProgramBuilder:
             hidden: jax.Array,
             arena: Arena,
             call: jax.Array,
+            step: Step,
             offset: jax.Array,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-
-            def attend(
-                layer_in_unit: int, q: jax.Array, k: jax.Array, v: jax.Array, arena: Arena
-            ) -> tuple[jax.Array, Arena]:
-                out, _, arena = paged_attention.prefill(
-                    q, k, v, arena, tables, starts, counts,
-                    self._layer_offset(offset, layer_in_unit), **self._attention(),
-                )  # fmt: skip
-                return out, arena
-
-            _, positions = stream_positions(starts, counts, tokens)
-            positions = jnp.maximum(positions, 0)
+            attend = self._attention.prefill_attend(step, tables, starts, counts, offset)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, positions, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis
             )
             return result
 
@@ -241,7 +223,8 @@ class ProgramBuilder:
             prefill_unit,
             (
                 shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
-                shapes.prefill_call(tokens, sequences), shapes.int32(),
+                shapes.prefill_call(tokens, sequences), self._attention.step_shape(tokens),
+                shapes.int32(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -306,35 +289,9 @@ class ProgramBuilder:
             (WHOLE,) * outputs,
         )  # fmt: skip
 
-    def _schedule(self, lengths: jax.Array) -> Schedule:
-        shapes = self._shapes
-        config = shapes.config
-        heads = HeadLayout(config.num_heads, config.num_kv_heads, shapes.mesh.size).q_per_device
-        q = jax.ShapeDtypeStruct((lengths.shape[0], heads, config.head_dim), shapes.dtype)
-        made = paged_attention.decode_schedule(
-            lengths,
-            q,
-            shapes.arena(),
-            kv_heads=shapes.arena_layout.heads,
-            target=self._target,
-            sliding_window=config.sliding_window,
-        )
-        return () if made is None else (made,)
-
     def _schedule_shape(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        made = jax.eval_shape(self._schedule, self._shapes.int32(rows))
+        made = jax.eval_shape(self._attention.schedule, self._shapes.int32(rows))
         return tuple(self._shapes.int32(*one.shape) for one in made)
-
-    def _attention(self) -> dict[str, Any]:
-        config = self._shapes.config
-        return {
-            "target": self._target,
-            "scale": config.head_dim**-0.5,
-            "sliding_window": config.sliding_window,
-        }
-
-    def _layer_offset(self, unit_offset: jax.Array, layer: int) -> jax.Array:
-        return unit_offset + layer * self._shapes.arena_layout.heads
 
     def _unpacked(self, call: jax.Array, tokens: int, sequences: int) -> tuple[jax.Array, ...]:
         """Tables [s, t], starts, counts and rows [s] of a packed prefill call."""

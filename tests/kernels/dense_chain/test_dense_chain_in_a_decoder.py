@@ -13,6 +13,7 @@ from lumen.decoder import DecoderUnit
 from lumen.presets import preset
 from lumen.sharding import HeadLayout
 from tests.kernels.dense_chain.chain import on, worst_row
+from tests.lumen.rotating import rotating
 
 
 def attend(layer, q, k, v, arena):
@@ -32,17 +33,19 @@ def unit_of_two_layers():
             matrix[...] = jnp.asarray(random.normal(size=shape) / np.sqrt(shape[1]), jnp.bfloat16)
     norms = random.uniform(0.5, 1.5, size=unit.norms[...].shape)
     unit.norms[...] = jnp.asarray(norms, jnp.float32)
-    return nnx.split(unit)
+    return config, nnx.split(unit)
 
 
 def test_a_unit_gives_the_same_hidden_states_with_the_kernel_as_without(monkeypatch):
-    definition, weights = unit_of_two_layers()
+    config, (definition, weights) = unit_of_two_layers()
     hidden = jnp.asarray(np.random.default_rng(1).normal(size=(3, 128)), jnp.bfloat16)
 
     def run(target, weights=weights):
         unit = nnx.merge(definition, weights)
         positions = jnp.array([4, 0, 9], jnp.int32)
-        return unit(hidden, positions, None, attend, target)[0]
+        return unit(hidden, None, rotating(attend, config, positions, config.num_kv_heads), target)[
+            0
+        ]
 
     expected = run(CPU)
     monkeypatch.setattr(cut, "_LEAST_WEIGHTS", 0)

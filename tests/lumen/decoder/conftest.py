@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from lumen_kernels.target import CPU
 
 from lumen.sharding import TENSOR_AXIS
+from tests.lumen.rotating import rotating
 
 
 def dense_attend(window):
@@ -32,14 +33,15 @@ def dense_attend(window):
 
 
 @functools.cache
-def _programs(defs, mesh, window):
+def _programs(config, heads, defs, mesh):
     """Embedding, unit and head, compiled as the executor does: one program for all units."""
     shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=P(), check_vma=False)
 
     def unit(weights, hidden):
         positions = jnp.arange(hidden.shape[0], dtype=jnp.int32)
-        module = defs.unit.merge(weights)
-        return module(hidden, positions, None, dense_attend(window), CPU, TENSOR_AXIS)[0]
+        attend = dense_attend(config.sliding_window)
+        attend = rotating(attend, config, positions, heads.kv_per_device)
+        return defs.unit.merge(weights)(hidden, None, attend, CPU, TENSOR_AXIS)[0]
 
     def embed(weights, tokens):
         return defs.embedding.merge(weights)(tokens, TENSOR_AXIS)
@@ -59,7 +61,7 @@ def forward():
     """(model, token ids) to logits float32 [tokens, vocab]."""
 
     def run(model, tokens):
-        embed, unit, head = _programs(model.defs, model.mesh, model.config.sliding_window)
+        embed, unit, head = _programs(model.config, model.heads, model.defs, model.mesh)
         hidden = embed(model.embedding, np.asarray(tokens, np.int32))
         for weights in model.units:
             hidden = unit(weights, hidden)

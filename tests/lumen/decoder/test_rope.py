@@ -5,11 +5,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lumen_kernels.rotary_write import Projections, rotate
 
 from lumen.config import RopeScaling
 from lumen.errors import ModelConfigError
 from lumen.presets import preset
-from lumen.rope import inverse_frequencies, rotate, rotation
+from lumen.rope import inverse_frequencies, rotation
 
 
 def test_scores_depend_on_distance_only():
@@ -17,9 +18,10 @@ def test_scores_depend_on_distance_only():
     q, k = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
 
     def score(q_position, k_position):
-        cos, sin = rotation(jnp.array([q_position, k_position]), frequencies)
-        turned = rotate(jnp.stack([q, k])[:, None], cos, sin)
-        return float(turned[0, 0] @ turned[1, 0])
+        table = rotation(jnp.array([q_position, k_position]), frequencies)
+        fused = jnp.tile(jnp.stack([q, k]), 3)  # q, k and v of each of two tokens
+        turned, keys, _ = rotate(Projections(fused), table, kv_heads=1)
+        return float(turned[0, 0] @ keys[1, 0])
 
     assert score(0, 0) == pytest.approx(float(q @ k), abs=1e-5)
     assert score(307, 300) == pytest.approx(score(7, 0), abs=1e-3)

@@ -11,6 +11,7 @@ from lumen_kernels.target import CPU
 from lumen.model import load_model
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
 from serving.engine.request import SamplingParams
+from tests.lumen.rotating import rotating
 
 GREEDY_WITH_LOGPROBS = SamplingParams(temperature=0.0, logprobs=20)
 
@@ -41,8 +42,9 @@ class Dense:
         @jax.jit
         def run(tokens, embedding, units, head):
             hidden = defs.embedding.merge(embedding)(tokens)
+            rotated = rotating(attend, config, positions, config.num_kv_heads)
             for unit in units:
-                hidden, _ = defs.unit.merge(unit)(hidden, positions, None, attend, CPU)
+                hidden, _ = defs.unit.merge(unit)(hidden, None, rotated, CPU)
             return jax.nn.log_softmax(defs.head.merge(head)(hidden, CPU))
 
         model = self.model

@@ -49,6 +49,7 @@ from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_signature import mismatch
 from serving.engine.device.program_source import Source
 from serving.engine.device.programs import ProgramBuilder
+from serving.engine.device.step_attention import StepAttention
 from serving.errors import ConfigurationError
 
 PROGRAMS = 1 + 6 + 3  # one bucket of decode, one of prefill
@@ -100,7 +101,7 @@ def no_tracing(monkeypatch):
 
     monkeypatch.setattr(ProgramBuilder, "_lower", refuse)
     monkeypatch.setattr(ProgramBuilder, "_zero_arena", refuse)
-    monkeypatch.setattr(ProgramBuilder, "_schedule", refuse)
+    monkeypatch.setattr(StepAttention, "schedule", refuse)
 
 
 def test_a_second_start_traces_nothing_and_generates_the_same(

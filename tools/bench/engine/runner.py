@@ -12,10 +12,12 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from tools.bench.engine import bars
-from tools.bench.engine.engine import EngineError, EngineSettings, InProcessEngine, build
+from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
 from tools.bench.engine.measurements import WORKS, Bench, warm_up
+from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import line, measured, not_measured
 from tools.bench.engine.start_up import StartUp, start
+from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import FULL, SMOKE
 from tools.bench.summary import Row
 
@@ -28,7 +30,7 @@ class Options:
     """works: names out of WORK_NAMES. reps: runs of each. starts: processes started for each of
     the cold and the warm start. command: that starts one, with all its flags. cache_dir: of
     compiled programs, for the engine measured; None: one that is thrown away. profile_dir: where
-    profiles are kept."""
+    profiles are kept. trace: what `itl` plays; None: it is not measured."""
 
     settings: EngineSettings
     works: tuple[str, ...] = WORK_NAMES
@@ -38,6 +40,7 @@ class Options:
     command: Sequence[str] = ()
     cache_dir: Path | None = None
     profile_dir: Path | None = None
+    trace: TraceOptions | None = None
 
     def __post_init__(self) -> None:
         for name in self.works:
@@ -144,7 +147,7 @@ def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> Non
             assert isinstance(tokens, int)
             outcome.add(_capacity_row(tokens, barred))
         sizes = SMOKE if options.smoke else FULL
-        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir)
+        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir, options.trace)
         warm_up(bench)
         for name in options.works:
             if name not in WORKS:

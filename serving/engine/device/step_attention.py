@@ -1,0 +1,156 @@
+"""Attention in a step: what is the same for all layers, and what each layer does with it.
+
+Embed programs make a `Step` once, unit programs take it. Where storing keys and values is one
+launch with their rotation, attention only reads afterwards; elsewhere attention stores them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from lumen_kernels import paged_attention, rotary_write
+from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.paged_attention.streams import stream_positions, write_places
+from lumen_kernels.rotary_write import Projections
+from lumen_kernels.target import Target
+
+from lumen.decoder import Attend
+from lumen.rope import inverse_frequencies, rotation
+from lumen.sharding import HeadLayout
+from serving.engine.device.program_shapes import ProgramShapes
+
+
+class Step(NamedTuple):
+    """What all layers of a step need to know about its tokens. Shapes for t tokens.
+
+    rotation: float32 [t, head_dim], cosines and sines of their positions. places: int32 [2, t],
+    where their keys and values are stored, as `lumen_kernels.rotary_write.write` takes it; a
+    tuple, empty where attention finds that out itself.
+    """
+
+    rotation: jax.Array
+    places: tuple[jax.Array, ...]
+
+
+Schedule = tuple[jax.Array, ...]
+"""What `paged_attention.decode_schedule` makes, or nothing."""
+
+_Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
+
+
+class StepAttention:
+    """Makes a step's arrays, and the `attend` functions that go by them."""
+
+    def __init__(self, shapes: ProgramShapes, target: Target) -> None:
+        config = shapes.config
+        self._shapes, self._target = shapes, target
+        self._heads = HeadLayout(config.num_heads, config.num_kv_heads, shapes.mesh.size)
+        columns = (self._heads.q_per_device + 2 * self._heads.kv_per_device) * config.head_dim
+        self._stores_first = rotary_write.is_one_launch(
+            jax.ShapeDtypeStruct((1, columns), shapes.dtype), shapes.arena(),
+            head_dim=config.head_dim, target=target,
+        )  # fmt: skip
+
+    def step_shape(self, tokens: int) -> Any:
+        """A `Step` of so many tokens, of shape structs."""
+        shapes = self._shapes
+        cosines_sines: Any = shapes.float32(tokens, shapes.config.head_dim)
+        places: Any = (shapes.int32(2, tokens),) if self._stores_first else ()
+        return Step(cosines_sines, places)
+
+    def decode_step(self, tables: jax.Array, lengths: jax.Array) -> Step:
+        """tables int32 [rows, t], lengths int32 [rows]: with the new token, 0 for padding."""
+        rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+        return self._step(tables, rows, lengths - 1)
+
+    def prefill_step(
+        self, tables: jax.Array, starts: jax.Array, counts: jax.Array, tokens: int
+    ) -> Step:
+        """tables int32 [sequences, t], starts and counts int32 [sequences], of so many tokens."""
+        return self._step(tables, *stream_positions(starts, counts, tokens))
+
+    def _step(self, tables: jax.Array, rows: jax.Array, positions: jax.Array) -> Step:
+        config, block_size = self._shapes.config, self._shapes.arena_layout.block_size
+        table = rotation(jnp.maximum(positions, 0), inverse_frequencies(config))
+        if not self._stores_first:
+            return Step(table, ())
+        return Step(table, (write_places(tables, rows, positions, block_size),))
+
+    def schedule(self, lengths: jax.Array) -> Schedule:
+        """How attention of a decode step is cut over the chip; empty where that needs nothing."""
+        config = self._shapes.config
+        q = (lengths.shape[0], self._heads.q_per_device, config.head_dim)
+        made = paged_attention.decode_schedule(
+            lengths, jax.ShapeDtypeStruct(q, self._shapes.dtype), self._shapes.arena(),
+            kv_heads=self._heads.kv_per_device, target=self._target,
+            sliding_window=config.sliding_window,
+        )  # fmt: skip
+        return () if made is None else (made,)
+
+    def decode_attend(
+        self,
+        step: Step,
+        schedule: Schedule,
+        tables: jax.Array,
+        lengths: jax.Array,
+        unit_offset: jax.Array,
+    ) -> Attend:
+        """Attention of a unit's layers in a decode step; unit_offset: slots before the unit's."""
+
+        def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
+            return paged_attention.decode(
+                q, k, v, arena, tables, lengths, offset,
+                schedule=next(iter(schedule), None), **self._options(),
+            )  # fmt: skip
+
+        return self._attend(step, unit_offset, read)
+
+    def prefill_attend(
+        self,
+        step: Step,
+        tables: jax.Array,
+        starts: jax.Array,
+        counts: jax.Array,
+        unit_offset: jax.Array,
+    ) -> Attend:
+        """Attention of a unit's layers in a prefill call."""
+
+        def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
+            return paged_attention.prefill(
+                q, k, v, arena, tables, starts, counts, offset, **self._options()
+            )
+
+        return self._attend(step, unit_offset, read)
+
+    def _attend(self, step: Step, unit_offset: jax.Array, read: _Read) -> Attend:
+        kv_heads, eps = self._heads.kv_per_device, self._shapes.config.rms_norm_eps
+
+        def attend(
+            layer_in_unit: int, projections: Projections, arena: Arena
+        ) -> tuple[jax.Array, Arena]:
+            offset = unit_offset + layer_in_unit * kv_heads
+            k: jax.Array | None = None
+            v: jax.Array | None = None
+            if step.places:
+                q, arena = rotary_write.write(
+                    projections, step.rotation, arena, step.places[0], offset,
+                    kv_heads=kv_heads, eps=eps, target=self._target,
+                )  # fmt: skip
+            else:
+                q, k, v = rotary_write.rotate(
+                    projections, step.rotation, kv_heads=kv_heads, eps=eps
+                )
+            out, _, arena = read(q, k, v, arena, offset)
+            return out, arena
+
+        return attend
+
+    def _options(self) -> dict[str, Any]:
+        config = self._shapes.config
+        return {
+            "target": self._target,
+            "scale": config.head_dim**-0.5,
+            "kv_heads": self._heads.kv_per_device,
+            "sliding_window": config.sliding_window,
+        }
