@@ -12,6 +12,8 @@ lengths, all at once. start: from the first call after the imports to ready, col
 a process of its own; KV capacity. itl: latency under a recorded trace (--trace, of the Azure Public
 Dataset's form) at a share of saturation: `tools.bench.engine.trace_latency` and `saturation` say
 exactly what both are. idle: what the device does in a traced decode step.
+Works named by --gateway are first sent through lumen-serve's own gateway and worker, over gRPC, by
+clients in processes of their own.
 
 Requests go through the replica's own loop; the prefix cache is off, lengths are forced, and a run
 in which one token is missing is a failure. On a GPU JAX takes 75 % of the memory by default, and
@@ -66,6 +68,9 @@ _LOAD = flags.DEFINE_float("load", 0.7, "Share of saturation at which `itl` play
 _SATURATION = flags.DEFINE_float("saturation", None, "Requests/s. Default: searched for.")
 _TRIAL_SECONDS = flags.DEFINE_float("trial_seconds", 12.0, "Of each rate tried in that search.")
 _TRIALS = flags.DEFINE_integer("trials", 3, "Rates tried in it, after one trial to estimate.")
+_GATEWAY = flags.DEFINE_list(
+    "gateway", ["c", "d"], "Works to measure through a gateway and a worker, too. Empty: none."
+)
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and tiny work, to see that all works.")
 _JSON = flags.DEFINE_string("json", "", "Results file to write, raw samples in it.")
 _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the table. Default: printed.")
@@ -89,6 +94,7 @@ def main(arguments: list[str]) -> None:
             cache_dir=cache,
             profile_dir=Path(_PROFILE.value) if _PROFILE.value else None,
             trace=_trace(),
+            gateway=tuple(_GATEWAY.value),
         )
         if _START_ONLY.value:
             print(start_up.report(build(options.settings, cache)))

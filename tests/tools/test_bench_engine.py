@@ -44,8 +44,8 @@ def engine(built):
 
 def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--smoke", "--reps=2", f"--json={tmp_path / 'engine.json'}",
-         f"--markdown={tmp_path / 'engine.md'}"],
+        [sys.executable, str(TOOL), "--smoke", "--reps=2", "--gateway=",
+         f"--json={tmp_path / 'engine.json'}", f"--markdown={tmp_path / 'engine.md'}"],
         capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -278,7 +278,7 @@ def test_what_breaks_is_a_row_and_a_failure(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"works": ("e",)}, "--works=e"), ({"works": ()}, "--works"), ({"reps": 0}, "--reps"),
-     ({"starts": 0}, "--starts")],
+     ({"starts": 0}, "--starts"), ({"gateway": ("idle",)}, "--gateway=idle")],
 )  # fmt: skip
 def test_bad_options_are_named(settings, named):
     with pytest.raises(ValueError, match=named):

@@ -86,7 +86,9 @@ def measure(
         yield not_measured(name, "requests/s", "not measured: no rate tried had a bounded queue")
         return
     tokens = saturation * (stretch.mean_prompt + stretch.mean_output)
-    note = "as given; " if not facts else ""
+    note = "" if facts else "as given; "
+    if facts and facts["unbounded"] is None:
+        note = "no rate tried was beyond it: it may be higher; "
     note += f"{tokens:.0f} tokens/s in and out, {saturation * stretch.mean_output:.0f} out"
     yield measured(name, "requests/s", [saturation], note=note, **facts)
     rate = options.load * saturation
@@ -139,7 +141,11 @@ def _search(
     for receipt in running:
         if not receipt.cancelled:
             receipt.check_whole()
-    return search.bounded, {"estimate": estimate, "tried": tried}
+    return search.bounded, {
+        "estimate": estimate,
+        "unbounded": search.unbounded,
+        "tried": tried,
+    }
 
 
 def _estimate(
