@@ -36,8 +36,8 @@ def test_smoke_run_measures_every_operation_and_gives_a_results_file(tmp_path):
     assert outcome.failures == []
     statuses = {one["name"]: one["status"] for one in outcome.rows}
     assert set(statuses.values()) == {MEASURED}, statuses
-    for operation in ("decode", "prefill", "gather", "scatter", "copy", "KV write", "matmul",
-                      "add and norm", "dense chain", "merge"):  # fmt: skip
+    for operation in ("decode", "prefill", "gather", "scatter", "copy", "KV write", "rotary write",
+                      "matmul", "add and norm", "dense chain", "merge"):  # fmt: skip
         assert any(name.startswith(operation) for name in statuses)
     assert all(len(one["samples"]) == 2 and one["median"] > 0 for one in outcome.rows)
 
@@ -76,6 +76,20 @@ def leaking(operation):
 def wrong_write(operation):
     def wrong(k, v, arena, slots, offsets, layer_offset, *, target):
         return operation(v, k, arena, slots, offsets, layer_offset, target=target)
+
+    return wrong
+
+
+def wrong_rotation(operation):
+    def wrong(projections, rotation, *rest, **options):
+        return operation(projections, -rotation, *rest, **options)
+
+    return wrong
+
+
+def wrong_places(operation):
+    def wrong(projections, rotation, arena, places, *rest, **options):
+        return operation(projections, rotation, arena, places.at[1].add(1) % 16, *rest, **options)
 
     return wrong
 
@@ -129,6 +143,8 @@ def wrong_projections(operation):
         ("scatter", "block_copy", leaking),
         ("copy", "block_copy", leaking),
         ("kv_write", "kv_write", wrong_write),
+        ("rotary_write", "rotary_write", wrong_rotation),
+        ("rotary_write", "rotary_write", wrong_places),
         ("merge", "merge", wrong_merge),
         ("matmul", "matmul", wrong_matmul),
         ("add_rms_norm", "add_norm", wrong_sum),

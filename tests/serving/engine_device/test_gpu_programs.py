@@ -48,12 +48,19 @@ def test_programs_lower_for_hopper(tensor: int, head_dim: int, block_size: int) 
     assert {kind for kind, _ in texts} >= {"decode_unit", "prefill_unit", "decode_embed", "head"}
     for key, text in texts.items():
         kernels = text.count(KERNEL)
+        # What is the same for all layers is computed by the embed programs.
+        assert ("stablehlo.cosine" in text) == key[0].endswith("_embed"), key
         if key[0] not in ("decode_unit", "prefill_unit"):
             assert kernels == 0, key
             continue
-        # The KV write and attention, one kernel each for all layers, the first norm and those that
-        # a product is added before, and at most one matmul for each of the four shapes of matrices.
+        # Rotation with KV write, and attention, one kernel each for all layers, the first norm and
+        # those that a product is added before, and at most one matmul for each of the four shapes.
         assert 3 <= kernels <= 8, key
+        # The one that writes the arena does it in place.
+        writes = re.search(r"func.func private @write.*?\n  }\n", text, re.DOTALL)
+        assert writes, key
+        assert writes[0].count(KERNEL) == writes[0].count("output_operand_alias<") == 1, key
+        assert "stablehlo.multiply" not in writes[0], key
         assert "tf.aliasing_output" in text or "jax.buffer_donor" in text, key
 
 

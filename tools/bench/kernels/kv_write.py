@@ -20,7 +20,7 @@ _DECODE_TOKENS = 256  # up to this many are of a decode step, each in a block of
 _BARS = {256: Bar("us", 7.0, 4.0), 8192: Bar("us", 30.0, 20.0)}
 
 
-class _Places(NamedTuple):
+class Places(NamedTuple):
     """Where a step's tokens go: block bases and offsets inside the blocks, [tokens]."""
 
     bases: Ints
@@ -65,8 +65,8 @@ def _case(bench: Bench, pool: KvPool, tokens: int) -> Case:
     return Case(name, work, _BARS.get(tokens, Bar("us")), [program], measure)
 
 
-def _places(pool: KvPool, tokens: int) -> list[_Places]:
-    """Decode: one token per block. Prefill: whole blocks."""
+def places(pool: KvPool, tokens: int) -> list[Places]:
+    """Of a few steps, in different blocks. Decode: one token per block. Prefill: whole blocks."""
     random = np.random.default_rng(1)
     if tokens <= _DECODE_TOKENS:
         bases = pool.bases(random, _STEPS * tokens)
@@ -76,7 +76,7 @@ def _places(pool: KvPool, tokens: int) -> list[_Places]:
         bases = np.repeat(blocks, pool.block_size)[: _STEPS * tokens]
         offsets = np.arange(_STEPS * tokens) % pool.block_size
     split = zip(np.split(bases, _STEPS), np.split(offsets, _STEPS), strict=True)
-    return [_Places(*one) for one in split]
+    return [Places(*one) for one in split]
 
 
 def _measure(bench: Bench, pool: KvPool, name: str, tokens: int, program: Program) -> Measurement:
@@ -86,21 +86,21 @@ def _measure(bench: Bench, pool: KvPool, name: str, tokens: int, program: Progra
         (random_bf16(2 * index, shape), random_bf16(2 * index + 1, shape))
         for index in range(_PAIRS)
     )
-    places = _places(pool, tokens)
+    to = places(pool, tokens)
     given = (
         pairs,
-        tuple((jnp.asarray(p.bases, jnp.int32), jnp.asarray(p.offsets, jnp.int32)) for p in places),
+        tuple((jnp.asarray(p.bases, jnp.int32), jnp.asarray(p.offsets, jnp.int32)) for p in to),
         layer_offsets(pool, model.layers, model.layers),
     )
     before = pool.fingerprint()
     pool.arena = program(pool.arena, *given)
     # The first layer of the first step and the last layer of the last one.
-    for place, layer, call in ((places[0], 0, 0), (places[-1], model.layers - 1, -1)):
+    for place, layer, call in ((to[0], 0, 0), (to[-1], model.layers - 1, -1)):
         found = pool.tokens(place.bases, place.offsets, layer * model.kv_heads)
         expected = pairs[call % program.calls % _PAIRS]
         for what, stored, new in zip(("K", "V"), found, expected, strict=True):
             reference.require_equal(f"{name}, {what} of layer {layer}", stored, new)
-    written = np.concatenate([place.bases for place in places])
+    written = np.concatenate([place.bases for place in to])
     layers = np.arange(model.layers) * model.kv_heads
     pool.require_only_written(before, pool.slots(written, layers))
 

@@ -17,6 +17,7 @@ class Operations:
     decode_schedule: Operation
     prefill: Operation
     kv_write: Operation
+    rotary_write: Operation
     gather: Operation
     scatter: Operation
     copy: Operation
@@ -34,6 +35,7 @@ def lumen_operations() -> Operations:
         decode_schedule=_operation("paged_attention", "decode_schedule"),
         prefill=_operation("paged_attention", "prefill"),
         kv_write=_operation("kv_write", "write"),
+        rotary_write=_operation("rotary_write", "write"),
         gather=_operation("block_copy", "gather"),
         scatter=_operation("block_copy", "scatter"),
         copy=_operation("block_copy", "copy"),

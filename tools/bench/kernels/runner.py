@@ -23,6 +23,7 @@ from tools.bench.kernels import (
     matmul,
     merge,
     prefill,
+    rotary_write,
 )
 from tools.bench.kernels.case import Bench, Case, DoesNotFitError, WrongResultError
 from tools.bench.kernels.operations import Operations, lumen_operations
@@ -37,6 +38,7 @@ ARENA_OPERATIONS: dict[str, Callable[[Bench, KvPool], list[Case]]] = {
     "prefill": prefill.cases,
     "block_copy": block_copy.cases,
     "kv_write": kv_write.cases,
+    "rotary_write": rotary_write.cases,
 }
 OTHER_OPERATIONS: dict[str, Callable[[Bench], list[Case]]] = {
     "matmul": matmul.cases,

@@ -86,8 +86,9 @@ class Sizes:
     decode: batches, each with every one of `contexts`. scheduled: those whose schedule is measured
     apart. written: batches measured with the KV write too, on the first context. ragged: name and
     lengths [rows]. longest: tokens a block table has columns for. blocks: per gather, scatter and
-    copy. writes: tokens per KV write. merges: (parts, tokens). ceiling_bytes, ceiling_n: of the
-    copy and of the square matmul that stand for what the device can do.
+    copy. writes: tokens per KV write. rotations: tokens per rotation and KV write. merges: (parts,
+    tokens). ceiling_bytes, ceiling_n: of the copy and of the square matmul that stand for what the
+    device can do.
     """
 
     model: Model
@@ -100,6 +101,7 @@ class Sizes:
     prefill: tuple[Prompts, ...]
     blocks: tuple[int, ...]
     writes: tuple[int, ...]
+    rotations: tuple[int, ...]
     matmuls: tuple[Product, ...]
     chain: Chain
     merges: tuple[tuple[int, int], ...]
@@ -132,6 +134,7 @@ FULL = Sizes(
     ),
     blocks=(64, 256),
     writes=(1, 32, 256, 8192),
+    rotations=(1, 32, 128, 256, 4096, 8192),
     matmuls=(
         Product("qkv", 6144, 4096, _ROWS),
         Product("o", 4096, 4096, _ROWS),
@@ -157,6 +160,7 @@ FURTHER = dataclasses.replace(
     prefill=FULL.prefill[1:2],
     blocks=(64,),
     writes=(256, 8192),
+    rotations=(32, 8192),
 )
 """For block sizes after the first. Every Mosaic kernel of every program is compiled anew, seconds
 each and one at a time (a lock in jaxlib 0.11.2): all shapes again would double the run."""
@@ -172,6 +176,7 @@ SMOKE = Sizes(
     prefill=(Prompts("24 over 16", 2, 24, 16),),
     blocks=(3,),
     writes=(2, 32),
+    rotations=(2, 32),
     matmuls=(Product("square", 256, 256, (2,)), Product("gated", 256, 256, (2,), gated=True)),
     chain=Chain(128, 64, 192, 96, (2, 34), (2, 34)),
     merges=((3, 5),),
