@@ -66,8 +66,8 @@ _TRACE_START = flags.DEFINE_float("trace_start", 0.0, "Where `itl` begins in the
 _TRACE_SECONDS = flags.DEFINE_float("trace_seconds", 180.0, "Length of that window, in s.")
 _LOAD = flags.DEFINE_float("load", 0.7, "Share of saturation at which `itl` plays the trace.")
 _SATURATION = flags.DEFINE_float("saturation", None, "Requests/s. Default: searched for.")
-_TRIAL_SECONDS = flags.DEFINE_float("trial_seconds", 12.0, "Of each rate tried in that search.")
-_TRIALS = flags.DEFINE_integer("trials", 3, "Rates tried in it, after one trial to estimate.")
+_TRIAL_SECONDS = flags.DEFINE_float("trial_seconds", 15.0, "Of each trial in that search.")
+_TRIALS = flags.DEFINE_integer("trials", 3, "Rates tried in it, after an estimate.")
 _GATEWAY = flags.DEFINE_list(
     "gateway", ["c", "d"], "Works to measure through a gateway and a worker, too. Empty: none."
 )

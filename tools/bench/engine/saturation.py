@@ -1,14 +1,19 @@
 """Saturation: the highest rate of requests at which the queue stays bounded.
 
-A request queues until its first token is there. At a rate under trial requests come for some
-seconds; the trials follow on each other, so that each starts with the rows of the batch as full as
-the one before left them, and without a queue: what still waited was cancelled. The queue is bounded
-at a rate if, in the last two thirds of its trial, requests left the queue at least as fast as they
-come at that rate, or if those that wait at the end leave within `PATIENCE_S` at the speed at which
-they left. (The rate is the one asked for, not that of the arrivals seen: a trace is bursty, and a
-short trial is not to be judged by whether it met a burst.) Saturation is the highest rate found
-bounded by a search that starts from an estimate, goes up or down by a fixed factor until it has a
-bounded rate and an unbounded one, and then halves what is between.
+A request queues until its first token is there. The search starts from the rate at which requests
+are served while so many are kept waiting that the engine never wants for more: at any lower rate a
+queue would come to an end. Then rates are tried, each for some seconds, right after the other: so
+each starts with as many requests running as the one before left, and with none waiting, as those
+were cancelled. Requests of a trial have the trace's lengths and come evenly spaced: bursts make a
+queue longer but do not decide whether it has a bound, and a short trial would mistake them.
+
+The queue is bounded at a rate if, in the last two thirds of its trial, requests left it at
+`KEEPS_UP` of that rate or more, or if those that wait at the end leave within `PATIENCE_S` at the
+speed at which they left. (A planner that spreads prompts over steps lets them wait for most of
+that in a queue that does not grow.) So a trial of 15 s tells rates apart that are 5 % over the
+saturation; shorter ones tell less. Saturation is the highest rate found bounded: the search goes
+up or down from its estimate by a fixed factor until it has a bounded rate and an unbounded one,
+and then halves what is between.
 """
 
 import math
@@ -17,9 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PATIENCE_S = 0.5
+KEEPS_UP = 0.97
 
-STRIDE = 1.15
+PATIENCE_S = 1.0
+
+STRIDE = 1.1
 """Factor between rates tried, until the saturation lies between two of them."""
 
 _SETTLING = 1 / 3  # of a trial
@@ -35,7 +42,7 @@ class Queue:
 
     def bounded(self, rate: float) -> bool:
         """Whether it stays bounded at that rate."""
-        return self.leaving >= rate or self.waiting <= PATIENCE_S * self.leaving
+        return self.leaving >= KEEPS_UP * rate or self.waiting <= PATIENCE_S * self.leaving
 
 
 def queue_of(arrived: Sequence[float], left: Sequence[float], seconds: float) -> Queue:
@@ -50,21 +57,28 @@ def queue_of(arrived: Sequence[float], left: Sequence[float], seconds: float) ->
     return Queue(leaving / (seconds - settled), waiting)
 
 
-def service_rate(
-    first_tokens: Sequence[float], tokens: Sequence[float], mean_output: float, seconds: float
-) -> float:
-    """Requests per second that an engine serves while more than enough wait: an estimate.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an engine did in a run: times of first tokens, prompt tokens of those requests, and
+    times of all tokens."""
 
-    first_tokens, tokens: times of what came in so many seconds, in any order. Requests begin and
-    tokens come at rates that in the long run are one and the same, counted in whole requests; in
-    the second half of a short run the mean of the two is close to it.
+    begun: Sequence[float]
+    prompts: Sequence[int]
+    tokens: Sequence[float]
+
+
+def service_rate(served: Served, mean_prompt: float, mean_output: float, seconds: float) -> float:
+    """Requests per second that an engine serves while enough wait, from so many seconds of it.
+
+    Counted in whole requests, prompts are read and tokens brought at one and the same rate in the
+    long run. In the second half of a short one, the mean of the two is close to that: what runs
+    then began together, so that one of them is ahead.
     """
     half = seconds / 2
-    begun, brought = (
-        int(np.count_nonzero((times >= half) & (times < seconds)))
-        for times in (np.asarray(first_tokens, float), np.asarray(tokens, float))
-    )
-    return (begun + brought / mean_output) / 2 / (seconds - half)
+    begun, tokens = np.asarray(served.begun, float), np.asarray(served.tokens, float)
+    read = np.asarray(served.prompts, float)[(begun >= half) & (begun < seconds)].sum()
+    brought = np.count_nonzero((tokens >= half) & (tokens < seconds))
+    return float(read / mean_prompt + brought / mean_output) / 2 / (seconds - half)
 
 
 class RateSearch:

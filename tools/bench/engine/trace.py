@@ -5,15 +5,17 @@ with columns TIMESTAMP, ContextTokens and GeneratedTokens, in the order of time.
 """
 
 import csv
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tools.bench.engine.works import Lengths, TimedJob
+from tools.bench.engine.works import Job, Lengths, TimedJob
 
 _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_ORDER_SEED = 2
 _NANOSECOND = np.timedelta64(1, "ns")  # timestamps have seven digits after the point
 
 
@@ -52,12 +54,13 @@ class Window:
         """Tokens."""
         return sum(one.output for one in self.requests) / len(self.requests)
 
-    def thinned(self, count: int) -> "Window":
-        """`count` of the requests, or all if they are fewer, evenly taken over the window."""
-        total = len(self.requests)
-        count = min(count, total)
-        kept = tuple(self.requests[index * total // count] for index in range(count))
-        return Window(self.seconds, kept, self.left_out)
+    def endless(self, vocab_size: int) -> Iterator[Job]:
+        """The requests in random order, over and over with other prompts, without their times."""
+        random = np.random.default_rng(_ORDER_SEED)
+        order = random.permutation(len(self.requests)).tolist()
+        for index in itertools.cycle(order):
+            one = self.requests[index]
+            yield Job(tuple(random.integers(0, vocab_size, one.prompt).tolist()), one.output)
 
     def jobs(self, rate: float, vocab_size: int) -> list[TimedJob]:
         """The window compressed or stretched in time to `rate` requests per second."""

@@ -27,26 +27,27 @@ from tools.bench.engine.latency import (
 )
 from tools.bench.engine.receipts import EngineError, Receipt
 from tools.bench.engine.report import measured, not_measured
-from tools.bench.engine.saturation import RateSearch, queue_of, service_rate
+from tools.bench.engine.saturation import RateSearch, Served, queue_of, service_rate
 from tools.bench.engine.trace import TraceRequest, Window, window
-from tools.bench.engine.works import TimedJob
+from tools.bench.engine.works import Job, TimedJob
 from tools.bench.summary import Row
 
 _FLOOR, _AIM = 3.0, 2.0  # p99 over p50
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceOptions:
     """requests: the trace. start_s, seconds: the window of it. load: share of saturation.
-    saturation: requests per second, if known; None: searched for, with trials of trial_s seconds,
-    one to estimate it and `trials` more."""
+    saturation: requests per second, if known; None: searched for, in trial_s seconds with a backlog
+    and in `trials` trials of as many."""
 
     requests: Sequence[TraceRequest]
     start_s: float = 0.0
     seconds: float = 180.0
     load: float = 0.7
     saturation: float | None = None
-    trial_s: float = 12.0
+    trial_s: float = 15.0
     trials: int = 3
 
     def __post_init__(self) -> None:
@@ -117,24 +118,22 @@ def _search(
     engine: InProcessEngine, stretch: Window, options: TraceOptions
 ) -> tuple[float | None, dict[str, Any]]:
     """(the highest rate found bounded, what was tried); leaves the engine empty."""
-    estimate, running = _estimate(engine, stretch, options.trial_s)
+    source = stretch.endless(engine.vocab_size)
+    running, estimate = _backlogged(engine, stretch, source, options.trial_s)
+    print(f"  served with a backlog: {estimate:.4g} requests/s", flush=True)
     search = RateSearch(estimate, options.trials)
     tried = []
     while (rate := search.next()) is not None:
         count = max(round(rate * options.trial_s), 1)
-        jobs = stretch.thinned(count).jobs(rate, engine.vocab_size)
-        seconds = len(jobs) / rate
-        played = _play(engine, jobs, seconds)
+        jobs = [TimedJob(number / rate, next(source)) for number in range(count)]
+        played = _play(engine, jobs, options.trial_s)
         firsts = [one.times[0] - played.started for one in played.receipts if one.times]
-        queue = queue_of([job.at_s for job in jobs], firsts, seconds)
+        queue = queue_of([job.at_s for job in jobs], firsts, options.trial_s)
         bounded = queue.bounded(rate)
         search.tell(rate, bounded)
-        tried.append({
-            "rate": rate, "seconds": seconds, "leaving": queue.leaving, "waiting": queue.waiting,
-            "bounded": bounded,
-        })  # fmt: skip
-        print(f"  {rate:.4g} requests/s for {seconds:.1f} s: {queue}, bounded: {bounded}")
-        running = [*running, *played.receipts]
+        tried.append({"rate": rate, **dataclasses.asdict(queue), "bounded": bounded})
+        print(f"  {rate:.4g} requests/s: {queue}, bounded: {bounded}", flush=True)
+        running += played.receipts
     for receipt in running:
         engine.cancel(receipt)
     engine.drain()
@@ -144,26 +143,36 @@ def _search(
     return search.bounded, {
         "estimate": estimate,
         "unbounded": search.unbounded,
+        "trial_s": options.trial_s,
         "tried": tried,
     }
 
 
-def _estimate(
-    engine: InProcessEngine, stretch: Window, seconds: float
-) -> tuple[float, Sequence[Receipt]]:
-    """Requests per second served while all of the window waits; and what is left running."""
-    jobs = [dataclasses.replace(job, at_s=0.0) for job in stretch.jobs(1.0, engine.vocab_size)]
-    played = _play(engine, jobs, seconds)
-    times = [[t - played.started for t in one.times] for one in played.receipts]
-    if all(len(one.tokens) == one.job.output_tokens for one in played.receipts):
-        return len(jobs) / max(one[-1] for one in times), []
-    firsts = [one[0] for one in times if one]
-    flat = [t for one in times for t in one]
-    found = service_rate(firsts, flat, stretch.mean_output, seconds)
-    print(f"  all at once for {seconds:.1f} s: estimate {found:.4g} requests/s", flush=True)
-    if not found:
-        raise EngineError(f"No request got on in the second half of {seconds:g} s; raise trial_s.")
-    return found, played.receipts
+def _backlogged(
+    engine: InProcessEngine, stretch: Window, source: Iterator[Job], seconds: float
+) -> tuple[list[Receipt], float]:
+    """What was handed over, and requests per second served, while half a batch always waits."""
+    receipts: list[Receipt] = []
+    waiting: list[Receipt] = []
+    started = time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        waiting = [one for one in waiting if not one.times]
+        while len(waiting) <= engine.max_requests // 2:
+            waiting.append(engine.submit(next(source)))
+            receipts.append(waiting[-1])
+        time.sleep(_POLL_S)
+    for receipt in waiting:
+        engine.cancel(receipt)
+    begun = [one for one in receipts if one.times]
+    served = Served(
+        [one.times[0] - started for one in begun],
+        [len(one.job.prompt) for one in begun],
+        [at - started for one in begun for at in one.times],
+    )
+    rate = service_rate(served, stretch.mean_prompt, stretch.mean_output, seconds)
+    if not rate:
+        raise EngineError(f"Nothing was served in the second half of {seconds:g} s; raise trial_s.")
+    return receipts, rate
 
 
 def _play(
