@@ -189,10 +189,10 @@ class DeviceExecutor:
         programs = self._programs
         bucket, sequences = call.size.tokens, call.size.sequences
         packed = self._put(self._rows.pack_call(call))
-        hidden, step = programs.prefill_embed[bucket](self._model.embedding, packed)
+        hidden, step, schedule = programs.prefill_embed[bucket](self._model.embedding, packed)
         unit = programs.prefill_unit[bucket]
         for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, offset)
+            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, schedule, offset)
         rows = call.sampling_rows()
         if not rows.size:
             flight.prefilled.append(hidden)

@@ -48,8 +48,8 @@ class Programs:
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
         -> hidden [b, hidden size], step, schedule
     decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offset) -> hidden, arena
-    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step
-    prefill_unit[c](unit, hidden, arena, call, step, offset) -> hidden, arena
+    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule
+    prefill_unit[c](unit, hidden, arena, call, step, schedule, offset) -> hidden, arena
     prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
@@ -140,7 +140,7 @@ class ProgramBuilder:
             tokens = last_tokens.at[rows].get(mode="fill", fill_value=0)
             hidden: jax.Array = embedding.merge(weights)(tokens, self._axis)
             step = self._attention.decode_step(tables, lengths)
-            return hidden, step, self._attention.schedule(lengths)
+            return hidden, step, self._attention.decode_schedule(lengths)
 
         return self._lower(
             decode_embed,
@@ -179,7 +179,9 @@ class ProgramBuilder:
             (
                 shapes.weights(unit), shapes.hidden(rows), shapes.arena(),
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
-                self._attention.step_shape(rows), self._schedule_shape(rows), shapes.int32(),
+                self._attention.step_shape(rows),
+                self._schedule_shape(self._attention.decode_schedule, shapes.int32(rows)),
+                shapes.int32(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -197,7 +199,7 @@ class ProgramBuilder:
         return self._lower(
             prefill_embed,
             (shapes.weights(embedding), shapes.prefill_call(tokens, sequences)),
-            (WHOLE, WHOLE),
+            (WHOLE, WHOLE, WHOLE),
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
@@ -210,10 +212,11 @@ class ProgramBuilder:
             arena: Arena,
             call: jax.Array,
             step: Step,
+            schedule: Schedule,
             offset: jax.Array,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(step, tables, starts, counts, offset)
+            attend = self._attention.prefill_attend(step, schedule, tables, starts, counts, offset)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, arena, attend, self._target, self._axis
             )
@@ -224,6 +227,10 @@ class ProgramBuilder:
             (
                 shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
                 shapes.prefill_call(tokens, sequences), self._attention.step_shape(tokens),
+                self._schedule_shape(
+                    partial(self._attention.prefill_schedule, tokens=tokens),
+                    shapes.int32(sequences), shapes.int32(sequences),
+                ),
                 shapes.int32(),
             ),
             (WHOLE, ARENA),
@@ -289,9 +296,10 @@ class ProgramBuilder:
             (WHOLE,) * outputs,
         )  # fmt: skip
 
-    def _schedule_shape(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        made = jax.eval_shape(self._attention.schedule, self._shapes.int32(rows))
-        return tuple(self._shapes.int32(*one.shape) for one in made)
+    def _schedule_shape(
+        self, make: Callable[..., Schedule], *arguments: jax.ShapeDtypeStruct
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(self._shapes.int32(*one.shape) for one in jax.eval_shape(make, *arguments))
 
     def _unpacked(self, call: jax.Array, tokens: int, sequences: int) -> tuple[jax.Array, ...]:
         """Tables [s, t], starts, counts and rows [s] of a packed prefill call."""

@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 Schedule = tuple[jax.Array, ...]
-"""What `paged_attention.decode_schedule` makes, or nothing."""
+"""What `paged_attention.decode_schedule` or `prefill_schedule` makes, or nothing."""
 
 _Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
 
@@ -77,16 +77,23 @@ class StepAttention:
             return Step(table, ())
         return Step(table, (write_places(tables, rows, positions, block_size),))
 
-    def schedule(self, lengths: jax.Array) -> Schedule:
+    def decode_schedule(self, lengths: jax.Array) -> Schedule:
         """How attention of a decode step is cut over the chip; empty where that needs nothing."""
-        config = self._shapes.config
-        q = (lengths.shape[0], self._heads.q_per_device, config.head_dim)
         made = paged_attention.decode_schedule(
-            lengths, jax.ShapeDtypeStruct(q, self._shapes.dtype), self._shapes.arena(),
-            kv_heads=self._heads.kv_per_device, target=self._target,
-            sliding_window=config.sliding_window,
-        )  # fmt: skip
+            lengths, self._queries(lengths.shape[0]), self._shapes.arena(), **self._cut()
+        )
         return () if made is None else (made,)
+
+    def prefill_schedule(self, starts: jax.Array, counts: jax.Array, tokens: int) -> Schedule:
+        """The same of a prefill call of so many tokens."""
+        made = paged_attention.prefill_schedule(
+            starts, counts, self._queries(tokens), self._shapes.arena(), **self._cut()
+        )
+        return () if made is None else (made,)
+
+    def _queries(self, tokens: int) -> jax.ShapeDtypeStruct:
+        shape = (tokens, self._heads.q_per_device, self._shapes.config.head_dim)
+        return jax.ShapeDtypeStruct(shape, self._shapes.dtype)
 
     def decode_attend(
         self,
@@ -109,6 +116,7 @@ class StepAttention:
     def prefill_attend(
         self,
         step: Step,
+        schedule: Schedule,
         tables: jax.Array,
         starts: jax.Array,
         counts: jax.Array,
@@ -118,8 +126,9 @@ class StepAttention:
 
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
             return paged_attention.prefill(
-                q, k, v, arena, tables, starts, counts, offset, **self._options()
-            )
+                q, k, v, arena, tables, starts, counts, offset,
+                schedule=next(iter(schedule), None), **self._options(),
+            )  # fmt: skip
 
         return self._attend(step, unit_offset, read)
 
@@ -147,10 +156,11 @@ class StepAttention:
         return attend
 
     def _options(self) -> dict[str, Any]:
-        config = self._shapes.config
+        return {"scale": self._shapes.config.head_dim**-0.5, **self._cut()}
+
+    def _cut(self) -> dict[str, Any]:
         return {
             "target": self._target,
-            "scale": config.head_dim**-0.5,
             "kv_heads": self._heads.kv_per_device,
-            "sliding_window": config.sliding_window,
+            "sliding_window": self._shapes.config.sliding_window,
         }
