@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from lumen_kernels.dense_chain import Weights, dense_chain, no_meetings, rms_norm
+from lumen_kernels.dense_chain import Weights, dense_chain, first_norm, rms_norm
 from lumen_kernels.matmul import matmul
 from lumen_kernels.rotary_write import Projections
 from lumen_kernels.target import Target
@@ -111,8 +111,8 @@ class DecoderUnit(nnx.Module):
         """
         eps, layers = self.config.rms_norm_eps, list(self.layers)
         reduce = None if axis_name is None else partial(lax.psum, axis_name=axis_name)
-        norms, meetings = self.norms[...].reshape(2 * len(layers), -1), no_meetings()
-        x = rms_norm(hidden, norms[0], eps)
+        norms = self.norms[...].reshape(2 * len(layers), -1)
+        x, meetings = first_norm(hidden, norms, eps=eps, target=target)
         projected: jax.Array | None = matmul(x, layers[0].qkv[...], target=target)
         for index, layer in enumerate(layers):
             assert projected is not None  # a layer that has one after it projects for it

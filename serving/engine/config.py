@@ -18,6 +18,11 @@ class EngineConfig:
         up to one device step and saves returns to the host.
     max_step_tokens: token budget of a step, decodes first. None: every row and one whole prefill
         call of the executor, which several prompts share.
+    spread_steps: while requests decode, a step prefills that part of all prompt tokens not yet
+        computed, so that a few prompts do not hold it up and many still go through at full speed;
+        1: as many as the budget takes.
+    min_prefill_tokens: but at least so many, if they are there and the budget takes them: smaller
+        calls of a model that streams its weights cost more per token.
     watermark: share of the blocks that stays available when a request is admitted beside others,
         so that it is not preempted right away by their growth.
     prefix_caching: reuse the KV of equal prefixes.
@@ -28,6 +33,8 @@ class EngineConfig:
     pipeline_depth: int = 2
     decode_steps: int = 1
     max_step_tokens: int | None = None
+    spread_steps: int = 32
+    min_prefill_tokens: int = 256
     watermark: float = 0.01
     prefix_caching: bool = True
 
@@ -41,6 +48,9 @@ class EngineConfig:
             raise ConfigurationError(
                 f"decode_steps is {self.decode_steps}; it must be 1 or more steps per plan."
             )
+        for name in ("spread_steps", "min_prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigurationError(
                 f"watermark is {self.watermark}; it must be a share of the blocks from 0 to "

@@ -69,6 +69,8 @@ class Planner:
         # Whole calls of the executor: a few tokens more than fill one would cost another.
         calls = self._budget // limits.max_prefill_tokens
         self._prefill_budget = max(calls, 1) * limits.max_prefill_tokens
+        self._spread_steps = config.spread_steps
+        self._least_prefill = config.min_prefill_tokens
         self._decode_steps = config.decode_steps
         self._watermark = math.ceil(limits.num_blocks * config.watermark)
         self._batch = batch
@@ -78,7 +80,7 @@ class Planner:
     def plan(self, step_id: int) -> SubmittedPlan | None:
         """The next step, or None if nothing can be done before a running step comes back."""
         steps = self._steps()
-        draft = _Draft(self._budget, self._prefill_budget)
+        draft = _Draft(self._budget, self._prefill_tokens())
         short = self._batch.short_of_blocks(steps)
         for priority in Priority:
             if short:
@@ -88,6 +90,20 @@ class Planner:
                 self._take_chunk(draft, request)
             self._admit(draft, priority)
         return self._seal(draft, step_id, steps)
+
+    def _prefill_tokens(self) -> int:
+        """Prompt tokens this step has room for: fewer where decodes would wait for them.
+
+        A power of two, as calls are, of at least the smallest amount.
+        """
+        left = self._waiting.tokens
+        for queue in self._batch.prefilling.values():
+            for request in queue:
+                left += len(request.context) - request.prefilled
+        if not left or self._spread_steps == 1 or not self._batch.members()[1]:
+            return self._prefill_budget
+        share = max(-(-left // self._spread_steps), self._least_prefill)
+        return min(1 << (share - 1).bit_length(), self._prefill_budget)
 
     def _steps(self) -> int:
         """Several decode steps at once only when nothing waits and memory is there for all."""

@@ -22,6 +22,9 @@ _CPU_CHUNK_TOKENS = 128
 """Longer chunks gain nothing on a CPU (SmolLM2's matrices on 2 cores: 1.6 ms per token at 128,
 1.8 at 256, 1.6 at 512) and cost a program each to compile at start."""
 
+_CALLS = tuple(128 << doublings for doublings in range(16))
+"""Tokens of prefill calls on an accelerator. Shorter ones take as long: weights have to stream."""
+
 
 def build_replicas(
     config: ServeConfig,
@@ -51,8 +54,13 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     chunk = min(batching.token_budget, model.max_model_len)
+    calls: tuple[int, ...] | None = None
     if platform == "cpu":
         chunk = min(chunk, _CPU_CHUNK_TOKENS)
+    else:
+        # Several prompts share a call: it may well be longer than one of them.
+        chunk = 1 << (batching.token_budget.bit_length() - 1)
+        calls = (*(size for size in _CALLS if size < chunk), chunk)
     memory_fraction = batching.memory_fraction
     if platform == "gpu":
         memory_fraction = share_of_jax(memory_fraction, os.environ)
@@ -64,6 +72,7 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
         memory_fraction=memory_fraction,
         max_prefill_tokens=chunk,
         max_prefills=batching.max_prefills,
+        prefill_buckets=calls,
         dtype=dtype,
         cache_dir=cache_dir(config.model) / "programs",
     )

@@ -11,15 +11,10 @@ from serving.engine.executor import ExecutorLimits
 from tools.bench import results
 from tools.bench.engine import bars, measurements
 from tools.bench.engine.bars import Bar
-from tools.bench.engine.engine import (
-    EngineError,
-    EngineSettings,
-    InProcessEngine,
-    Run,
-    build,
-)
+from tools.bench.engine.engine import EngineSettings, InProcessEngine, Run, build
 from tools.bench.engine.measurements import Bench
 from tools.bench.engine.profile import DecodeTrace, DeviceEvent, device_step
+from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import MEASURED, line, markdown, measured, not_measured
 from tools.bench.engine.runner import Options, run
 from tools.bench.engine.start_up import StartUp, report, start
@@ -49,8 +44,8 @@ def engine(built):
 
 def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--smoke", "--reps=2", f"--json={tmp_path / 'engine.json'}",
-         f"--markdown={tmp_path / 'engine.md'}"],
+        [sys.executable, str(TOOL), "--smoke", "--reps=2", "--gateway=",
+         f"--json={tmp_path / 'engine.json'}", f"--markdown={tmp_path / 'engine.md'}"],
         capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -59,6 +54,8 @@ def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     rows = {one["name"]: one for one in content["rows"]}
     idle = rows.pop("device idle per step, batch 4, context 24")
     assert idle["status"] == "not measured: the profile shows no GPU"
+    itl = rows.pop("ITL p99 under a trace")
+    assert itl["status"] == "not measured: no trace given"
     assert {one["status"] for one in rows.values()} == {MEASURED}
     assert all(one["median"] > 0 for name, one in rows.items() if not name.startswith("(a) decode"))
     assert rows["KV capacity"]["samples"] == [64 * 16]
@@ -281,7 +278,7 @@ def test_what_breaks_is_a_row_and_a_failure(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"works": ("e",)}, "--works=e"), ({"works": ()}, "--works"), ({"reps": 0}, "--reps"),
-     ({"starts": 0}, "--starts")],
+     ({"starts": 0}, "--starts"), ({"gateway": ("idle",)}, "--gateway=idle")],
 )  # fmt: skip
 def test_bad_options_are_named(settings, named):
     with pytest.raises(ValueError, match=named):

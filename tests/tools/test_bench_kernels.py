@@ -37,7 +37,7 @@ def test_smoke_run_measures_every_operation_and_gives_a_results_file(tmp_path):
     statuses = {one["name"]: one["status"] for one in outcome.rows}
     assert set(statuses.values()) == {MEASURED}, statuses
     for operation in ("decode", "prefill", "gather", "scatter", "copy", "KV write", "rotary write",
-                      "matmul", "dense chain", "merge"):  # fmt: skip
+                      "matmul", "add and norm", "dense chain", "merge"):  # fmt: skip
         assert any(name.startswith(operation) for name in statuses)
     assert all(len(one["samples"]) == 2 and one["median"] > 0 for one in outcome.rows)
 
@@ -110,6 +110,16 @@ def wrong_matmul(operation):
     return lambda x, w, **options: operation(x, w, **options).at[-1, -1].add(8.0)
 
 
+def wrong_sum(operation):
+    """Norms of what was there before."""
+
+    def wrong(x, hidden, *given, **options):
+        _, normed = operation(jnp.zeros_like(x), hidden, *given, **options)
+        return hidden + x, normed
+
+    return wrong
+
+
 def wrong_norms(operation):
     """Those of the first layer, in all of them."""
     return lambda *given, norm, **options: operation(*given, norm=0, **options)
@@ -137,6 +147,7 @@ def wrong_projections(operation):
         ("rotary_write", "rotary_write", wrong_places),
         ("merge", "merge", wrong_merge),
         ("matmul", "matmul", wrong_matmul),
+        ("add_rms_norm", "add_norm", wrong_sum),
         ("dense_chain", "dense_chain", wrong_norms),
         ("dense_chain", "dense_chain", wrong_projections),
     ],

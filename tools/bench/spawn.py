@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 _READY = re.compile(
@@ -25,14 +25,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(flags: Sequence[str]) -> Iterator[Server]:
+def running_server(
+    flags: Sequence[str], environ: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start lumen-serve, wait until it is ready, and stop it in the end.
 
-    Its log goes to our stderr. Raises RuntimeError if it ends before it is ready.
+    environ: of its processes; None: our own. Its log goes to our stderr. Raises RuntimeError if it
+    ends before it is ready.
     """
     command = [sys.executable, "-m", "serving.launch.serve"]
     command += ["--http_port=0", "--grpc_port=0", "--check_prompt=", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as process:
         try:
             yield _await_ready(process)
         finally:

@@ -11,12 +11,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lumen_kernels.add_norm import rms_norm_and_zero
+from lumen_kernels.add_norm.xla import rms_norm
 from lumen_kernels.dense_chain import cut, mosaic_gpu, xla
-from lumen_kernels.dense_chain.xla import Weights, rms_norm
+from lumen_kernels.dense_chain.xla import Weights
 from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.target import Backend, Target
 
-__all__ = ["Result", "Weights", "dense_chain", "no_meetings", "rms_norm"]
+__all__ = ["Meetings", "Result", "Weights", "dense_chain", "first_norm", "no_meetings", "rms_norm"]
+
+
+class Meetings(NamedTuple):
+    """Of the blocks of a program's chains, between their phases.
+
+    counter: int32 [1], counts every block that arrives. arrivals: what it holds by now.
+    """
+
+    counter: jax.Array
+    arrivals: int
 
 
 class Result(NamedTuple):
@@ -28,7 +40,7 @@ class Result(NamedTuple):
 
     hidden: jax.Array
     projected: jax.Array | None
-    meetings: jax.Array
+    meetings: Meetings
 
 
 # All layers of a program share one lowered kernel: the compiler does not see that they are the
@@ -36,9 +48,21 @@ class Result(NamedTuple):
 _on_gpu = jax.jit(mosaic_gpu.run, static_argnums=(0, 3), static_argnames=("interpret",))
 
 
-def no_meetings() -> jax.Array:
-    """What the first call of a program starts from: int32 [1]."""
-    return jnp.zeros((1,), jnp.int32)
+def no_meetings() -> Meetings:
+    """What the first call of a program starts from."""
+    return Meetings(jnp.zeros((1,), jnp.int32), 0)
+
+
+def first_norm(
+    hidden: jax.Array, norms: jax.Array, *, eps: float, target: Target
+) -> tuple[jax.Array, Meetings]:
+    """The norm before a program's first layer, and what its first `dense_chain` starts from.
+
+    hidden [m, hidden], norms float32 [rows, hidden], of which this is row 0. Cheaper than
+    `no_meetings`, which costs a launch. Raises KernelArgumentError.
+    """
+    normed, zero = rms_norm_and_zero(hidden, norms[0], eps, target=target)
+    return normed, Meetings(zero, 0)
 
 
 def dense_chain(
@@ -46,7 +70,7 @@ def dense_chain(
     hidden: jax.Array,
     weights: Weights,
     norms: jax.Array,
-    meetings: jax.Array,
+    meetings: Meetings,
     *,
     norm: int = 0,
     eps: float,
@@ -57,9 +81,9 @@ def dense_chain(
 
     attended [m, q width] and hidden [m, hidden], both of the weights' dtype. norms float32
     [rows, hidden]: row `norm` before the feed-forward block, the one after it before the next
-    layer's attention. meetings: `no_meetings()` or what the call before returned; calls that share
-    it must follow each other and be of the same shapes. eps: of both norms. reduce: sums a product
-    over the devices of tensor parallelism, after o and after down. Raises KernelArgumentError.
+    layer's attention. meetings: of `first_norm`, `no_meetings()` or the call before. eps: of both
+    norms. reduce: sums a product over the devices of tensor parallelism, after o and after down.
+    Raises KernelArgumentError.
     """
     _check(attended, hidden, weights, norms, norm)
     m = attended.shape[0]
@@ -72,15 +96,13 @@ def dense_chain(
         return Result(out, projected, meetings)
     buffers = {"attended": _to_rows(attended, chosen.m), "hidden": _to_rows(hidden, chosen.m)}
     buffers |= {name: w for name, w in weights._asdict().items() if w is not None}
-    # The row is data: were it static, each layer would be a kernel of its own.
-    buffers |= {"norms": norms, "norm": jnp.full((1,), norm, jnp.int32)}
-    # Without a next layer a chain may be cut into another number of blocks, and the counter is read
-    # by that number: such a chain counts for itself.
-    counted = meetings if weights.qkv is not None else no_meetings()
-    made, counted = _on_gpu(chosen, buffers, counted, eps, interpret=target.interpret)
-    if weights.qkv is None:
-        return Result(made["out"][:m], None, meetings)
-    return Result(made["out"][:m], made["projected"][:m], counted)
+    # The place is data: were it static, each layer would be a kernel of its own.
+    place = jnp.array((norm, meetings.arrivals), jnp.int32)
+    buffers |= {"norms": norms, "place": place}
+    made, counter = _on_gpu(chosen, buffers, meetings.counter, eps, interpret=target.interpret)
+    projected = None if weights.qkv is None else made["projected"][:m]
+    meetings = Meetings(counter, meetings.arrivals + chosen.arrivals)
+    return Result(made["out"][:m], projected, meetings)
 
 
 def _cut(m: int, weights: Weights, target: Target) -> cut.Cut | None:

@@ -72,7 +72,7 @@ class Phase:
     @property
     def reads(self) -> tuple[str, ...]:
         """Buffers it needs."""
-        norms = () if self.norm is None else ("norms", "norm")
+        norms = () if self.norm is None else ("norms",)
         return (self.x, self.w, self.beside, *norms)
 
 
@@ -94,6 +94,16 @@ class Cut:
     x_stages: int
     w_slot: int
     w_stages: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.clusters * self.sharing
+
+    @property
+    def arrivals(self) -> int:
+        """Of blocks at the meetings between phases."""
+        return self.blocks * (len(self.phases) - 1)
 
     @property
     def rows(self) -> int:

@@ -47,10 +47,11 @@ def run(
     """Run the phases of `cut` on the buffers `given`; returns every buffer they make.
 
     Besides the phases' buffers there are norms float32 [rows, hidden], the weights of all norms,
-    and norm int32 [1], the row of the first.
+    and place int32 [2]: the row of the first norm, and what meetings holds.
 
-    meetings: int32 [1], zero at first; returned as the next run of a cut with as many blocks wants
-    it. The interpreter has no barrier over a grid: there each phase is a launch of its own.
+    meetings: int32 [1], in which every block counts that it arrives at a meeting; returned as the
+    run leaves it. The interpreter has no barrier over a grid: there each phase is a launch of its
+    own.
     """
     if not interpret:
         return _launch(cut, cut.phases, given, meetings, eps, interpret=False)
@@ -72,7 +73,7 @@ def _launch(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     made = {name: shape for phase in phases for name, shape in cut.made_by(phase).items()}
     read = [name for phase in phases for name in phase.reads if name not in made]
-    read = list(dict.fromkeys(read))
+    read = list(dict.fromkeys([*read, "place"]))
 
     def body(*refs: Any, **scratch: Any) -> None:
         names = dict(zip([*read, "meetings", *made], refs, strict=True))
@@ -243,15 +244,12 @@ class _Block:
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
         cut, stages, free = self.cut, self.cut.x_stages, self.scratch["x_free"]
         shared = "member" if cut.sharing > 1 and not self.interpret else None
-        blocks = cut.clusters * cut.sharing
-        if len(self.phases) > 1:
-            # No block arrives at a meeting before it has read this and loaded what the meeting
-            # before allowed: so what is left over belongs to the first one.
-            met = lax.div(self.refs["meetings"][0], _i32(blocks))
+        # Others may have arrived at the first meeting already: the counter would not say.
+        before = self.refs["place"][1]
         turn = _i32(0)
         for index, phase in enumerate(self.phases):
             if index > 0:
-                self.scratch["meeting"][0] = (met + _i32(index)) * _i32(blocks)
+                self.scratch["meeting"][0] = before + _i32(index * cut.blocks)
                 plgpu.commit_smem()
                 _await_meeting(self.refs["meetings"], self.scratch["meeting"])
             full, subtiles = self._of_phase("x_full", phase), cut.x_subtiles_of(phase)
@@ -382,7 +380,7 @@ class _Block:
         if phase.norm is None:
             return None
         size = self.cut.tile(phase)
-        row = self.refs["norm"][0] + _i32(phase.norm)
+        row = self.refs["place"][0] + _i32(phase.norm)
         columns = self.refs["norms"].at[row, pl.ds(number * size, size)]
         return plgpu.load(columns, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 

@@ -1,27 +1,29 @@
 """From a source of weights to an executor that is ready to serve."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from lumen_kernels.target import Target
 
-from lumen.model import LoadedModel, load_model
-from lumen.sharding import TENSOR_AXIS
+from lumen.config import ModelConfig
+from lumen.model import LoadedModel, ModelDefs, ModuleDef, load_model, model_defs
+from lumen.sharding import TENSOR_AXIS, HeadLayout
 from lumen.tensor_source import TensorSource
+from serving.engine.device import compile_children
 from serving.engine.device.arena import ArenaLayout, arena_layout
-from serving.engine.device.compilation import Source, compile_all, jax_cache, without_jax_cache
+from serving.engine.device.compilation import jax_cache
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.device.executor import DeviceExecutor
 from serving.engine.device.memory import device_memory
-from serving.engine.device.program_arguments import ArgumentLister
-from serving.engine.device.program_cache import ProgramCache, open_program_cache
-from serving.engine.device.program_identity import replica_identity
+from serving.engine.device.program_making import ProgramMaking, program_count
 from serving.engine.device.program_shapes import ProgramShapes
-from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 
@@ -34,7 +36,8 @@ what: WEIGHTS, a program's name, or its name followed by LOADED if no compiler w
 WEIGHTS = "weights"
 LOADED = " (loaded)"
 
-_EXECUTABLES = "executables"
+_ALLOCATION_BYTES = 256
+"""JAX's allocator on a GPU gives out multiples of this."""
 
 
 def build_device_executor(
@@ -43,7 +46,7 @@ def build_device_executor(
     config: DeviceExecutorConfig,
     progress: BuildProgress | None = None,
 ) -> DeviceExecutor:
-    """Load the weights onto the devices, allocate the arena, compile every program.
+    """Load the weights onto the devices, allocate the arena, compile and run every program.
 
     devices: of one platform; more than one are used tensor-parallel. Raises ConfigurationError if
     the settings do not fit the model or the memory (saying what would), or if others may write to
@@ -57,17 +60,19 @@ def build_device_executor(
             "lower it."
         )
     mesh = Mesh(np.array(devices), (TENSOR_AXIS,))
-    modules = source.config.num_units + 2
-    total = modules + _program_count(config)
+    total = source.config.num_units + 2 + program_count(config)
     done = 0
 
-    def advance(name: str) -> None:
+    def advance(name: str, loaded: bool = False) -> None:
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, total, name)
+            progress(done, total, name + LOADED if loaded else name)
 
-    with jax_cache(config.cache_dir, devices):
+    with jax_cache(config.cache_dir, devices), contextlib.ExitStack() as ends:
+        making = _early(source, mesh, config)
+        if making is not None:
+            ends.callback(making.close)
         model = load_model(source, mesh, config.dtype, lambda count, of: advance(WEIGHTS))
         jax.block_until_ready((model.embedding, model.units, model.head))
         layout = arena_layout(
@@ -75,12 +80,66 @@ def build_device_executor(
             Target.of(devices),
         )  # fmt: skip
         limits = _limits(model, layout, config)
-        programs = _compile(model, layout, limits, config, advance)
-    return DeviceExecutor(model, programs, limits, programs.zero_arena())
+        if making is not None and making.shapes.arena_layout != layout:
+            making.close()
+            making = None
+        if making is None:
+            making = ProgramMaking(_shapes(model.config, model.defs, mesh, layout, config), config)
+            ends.callback(making.close)
+        programs = making.finish(advance)
+    executor = DeviceExecutor(model, programs, limits, programs.zero_arena())
+    executor.rehearse()
+    return executor
 
 
-def _program_count(config: DeviceExecutorConfig) -> int:
-    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + len(config.chunk_buckets) * 3
+def _early(source: TensorSource, mesh: Mesh, config: DeviceExecutorConfig) -> ProgramMaking | None:
+    """The programs begun before the weights are loaded, for the arena that will fit beside them.
+
+    None where nothing would be gained: where this process alone compiles, or where it cannot be
+    said what the arena will be.
+    """
+    devices = list(mesh.devices.flat)
+    memory = device_memory(devices)
+    if memory is None or not compile_children.children_for(devices, program_count(config)):
+        return None
+    model, dtype = source.config, jnp.dtype(config.dtype)
+    heads = HeadLayout(model.num_heads, model.num_kv_heads, mesh.size)
+    defs = model_defs(model, heads, dtype)
+    left = dataclasses.replace(memory, free_bytes=memory.free_bytes - _weight_bytes(model, defs))
+    try:
+        layout = arena_layout(model, heads, dtype, config, left, Target.of(devices))
+    except ConfigurationError:  # said once the weights are there, with what is free then
+        return None
+    making = ProgramMaking(_shapes(model, defs, mesh, layout, config), config)
+    making.begin()
+    return making
+
+
+def _weight_bytes(model: ModelConfig, defs: ModelDefs) -> int:
+    """What all weights take on the one device of a mesh."""
+
+    def module(module: ModuleDef[Any]) -> int:
+        sizes = (
+            math.prod(shape) * dtype.itemsize
+            for shape, dtype in zip(module.global_shapes, module.dtypes, strict=True)
+        )
+        return sum(-(-size // _ALLOCATION_BYTES) * _ALLOCATION_BYTES for size in sizes)
+
+    tied = module(defs.embedding) if model.tie_embeddings else 0
+    return module(defs.embedding) + model.num_units * module(defs.unit) + module(defs.head) - tied
+
+
+def _shapes(
+    model: ModelConfig,
+    defs: ModelDefs,
+    mesh: Mesh,
+    layout: ArenaLayout,
+    config: DeviceExecutorConfig,
+) -> ProgramShapes:
+    return ProgramShapes(
+        model, defs, mesh, jnp.dtype(config.dtype), layout, config.num_rows,
+        -(-config.max_model_len // config.block_size), _max_logprobs(model, config),
+    )  # fmt: skip
 
 
 def _limits(
@@ -95,60 +154,11 @@ def _limits(
         max_prefill_tokens=config.max_prefill_tokens,
         max_prefills=config.max_prefills,
         vocab_size=model.config.vocab_size,
-        max_logprobs=min(config.max_logprobs, model.config.vocab_size),
+        max_logprobs=_max_logprobs(model.config, config),
         # Sums over devices round differently, so KV of another width is not reused.
         model_revision=f"{model.revision}:tensor{model.mesh.size}",
     )
 
 
-def _compile(
-    model: LoadedModel,
-    layout: ArenaLayout,
-    limits: ExecutorLimits,
-    config: DeviceExecutorConfig,
-    advance: Callable[[str], None],
-) -> Programs:
-    shapes = ProgramShapes(
-        model.config, model.defs, model.mesh, model.dtype, layout, limits.num_rows,
-        limits.max_blocks_per_row, limits.max_logprobs,
-    )  # fmt: skip
-    decode, chunks = config.decode_buckets, config.chunk_buckets
-    arguments = ArgumentLister(shapes).arguments(decode, chunks)
-    sources = {
-        key: Source(lower, arguments[key])
-        for key, lower in ProgramBuilder(shapes).lowerings(decode, chunks).items()
-    }
-    names = {key: " ".join(str(_word(part)) for part in key) for key in sources}
-    for key in sources:
-        if key[0].startswith("prefill"):
-            names[key] += f" of {chunks[key[1]]}"  # sequences: a program of its own in the cache
-    with _program_cache(config, shapes) as cache:
-        compiled = compile_all(
-            {names[key]: source for key, source in sources.items()},
-            config.compile_threads,
-            lambda name, loaded: advance(name + LOADED if loaded else name),
-            cache,
-        )
-    tables: dict[str, dict[Any, Any]] = {}
-    for key in sources:
-        kind, *rest = key
-        place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
-        tables.setdefault(kind, {})[place] = compiled[names[key]]
-    return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
-
-
-@contextlib.contextmanager
-def _program_cache(
-    config: DeviceExecutorConfig, shapes: ProgramShapes
-) -> Iterator[ProgramCache | None]:
-    """The executables of this replica, in place of JAX's cache; None: as JAX is configured."""
-    if config.cache_dir is None:
-        yield None
-        return
-    with without_jax_cache():
-        identity = replica_identity(shapes, Target.of(list(shapes.mesh.devices.flat)))
-        yield open_program_cache(config.cache_dir / _EXECUTABLES, shapes.mesh, identity)
-
-
-def _word(part: Any) -> Any:
-    return part.value if isinstance(part, HeadKind) else part
+def _max_logprobs(model: ModelConfig, config: DeviceExecutorConfig) -> int:
+    return min(config.max_logprobs, model.vocab_size)

@@ -5,7 +5,6 @@ import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from serving.engine.device.child_programs import ChildPrograms
 from serving.engine.device.program_cache import ProgramCache, may_load
+from serving.engine.device.program_source import Source
 
 Compiled = Callable[..., Any]
 """A compiled program: takes exactly the shapes it was compiled for, and compiles nothing."""
@@ -59,37 +60,31 @@ def _on_event(event: str, duration_secs: float, **details: str | int) -> None:
         watch.count += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a program comes from: a cache, by the arguments it takes, or else lowering it."""
-
-    lower: Callable[[], jax.stages.Lowered]
-    arguments: tuple[Any, ...]
-
-
 def compile_all(
     sources: Mapping[str, Source],
     threads: int,
     progress: Callable[[str, bool], None],
     cache: ProgramCache | None = None,
+    children: ChildPrograms | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Compiled]:
-    """Load what the cache has; lower the rest one after another and compile several at a time.
+    """Load what the cache has, take what children make, compile the rest here.
 
-    progress is told each name when it is done, and whether it was loaded. Lowering is Python: if
-    all threads did it at once, the first would be done, and a compiler busy, as late as the last.
-    (37 programs of the 8B shape on 16 cores and one H200: 22 of 35 s went by before the first unit
-    began to compile.)
+    progress is told each name when it is done, and whether it came from the cache. options:
+    `compiler_options`.
+
+    What is compiled here is lowered one after another and compiled several at a time. Lowering is
+    Python: if all threads did it at once, the first would be done, and a compiler busy, as late as
+    the last. (37 programs of the 8B shape on 16 cores and one H200: 22 of 35 s went by before the
+    first unit began to compile.)
     """
     compiled: dict[str, Compiled] = {}
-    lowering = threading.Lock()
+    work = _Work(cache, children, options)
     with (
         _without_collections(),
         ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool,
     ):
-        waiting = {
-            pool.submit(_load_or_compile, name, source, lowering, cache): name
-            for name, source in sources.items()
-        }
+        waiting = {pool.submit(work.make, name, source): name for name, source in sources.items()}
         try:
             for future in as_completed(waiting):
                 name = waiting[future]
@@ -118,18 +113,33 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _load_or_compile(
-    name: str, source: Source, lowering: threading.Lock, cache: ProgramCache | None
-) -> tuple[Compiled, bool]:
-    """(the program, whether it was loaded)."""
-    if cache is not None and (loaded := cache.load(name, source.arguments)) is not None:
-        return loaded, True
-    with lowering:
-        lowered = source.lower()
-    compiled = lowered.compile()
-    if cache is not None:
-        cache.store(name, compiled)
-    return compiled, False
+class _Work:
+    """Makes programs, on several threads."""
+
+    def __init__(
+        self,
+        cache: ProgramCache | None,
+        children: ChildPrograms | None,
+        options: dict[str, Any] | None,
+    ) -> None:
+        self._cache = cache
+        self._children = children
+        self._options = options
+        self._lowering = threading.Lock()
+
+    def make(self, name: str, source: Source) -> tuple[Compiled, bool]:
+        """(the program, whether it came from the cache)."""
+        if self._children is not None and (made := self._children.take(name)) is not None:
+            return made, False
+        cache = self._cache
+        if cache is not None and (loaded := cache.load(name, source.arguments)) is not None:
+            return loaded, True
+        with self._lowering:
+            lowered = source.lower()
+        compiled = lowered.compile(compiler_options=self._options)
+        if cache is not None:
+            cache.store(name, compiled)
+        return compiled, False
 
 
 @contextlib.contextmanager

@@ -74,8 +74,15 @@ class DeviceExecutorConfig:
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
-        """Batch sizes that decode programs are compiled for."""
-        return _doubling(1, self.num_rows)
+        """Batch sizes that decode programs are compiled for, ascending.
+
+        Up to 32 rows a step takes as long as its weights take to stream, so sizes double; past
+        that every row costs, and so does padding: there are two, then four sizes per doubling.
+        """
+        sizes = [1]
+        while sizes[-1] < self.num_rows:
+            sizes.append(sizes[-1] + _step_after(sizes[-1]))
+        return (*sizes[:-1], self.num_rows)
 
     @property
     def chunk_buckets(self) -> dict[int, int]:
@@ -85,6 +92,12 @@ class DeviceExecutorConfig:
             buckets = _doubling(_SMALLEST_PREFILL_BUCKET, self.max_prefill_tokens)
         sizes = self.decode_buckets
         return {tokens: most_sequences(tokens, self.max_prefills, sizes) for tokens in buckets}
+
+
+def _step_after(size: int) -> int:
+    """From a batch size to the next."""
+    octave = 1 << (size.bit_length() - 1)
+    return octave if octave < 32 else octave // 2 if octave < 128 else octave // 4
 
 
 def _doubling(first: int, last: int) -> tuple[int, ...]:

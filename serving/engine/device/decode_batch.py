@@ -70,6 +70,10 @@ class DecodeBatches:
             batch.versions = versions
         return batch
 
+    def forget(self) -> None:
+        """Keep no batch."""
+        self._last = None
+
 
 def bucket_of(buckets: Sequence[int], size: int) -> int:
     """The smallest of the ascending buckets that holds so many."""

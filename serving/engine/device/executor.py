@@ -11,7 +11,7 @@ from lumen_kernels.paged_attention.options import Arena
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import CompileWatch
-from serving.engine.device.decode_batch import DecodeBatches
+from serving.engine.device.decode_batch import DecodeBatch, DecodeBatches
 from serving.engine.device.prefill_calls import (
     CallSize,
     PrefillCall,
@@ -23,6 +23,9 @@ from serving.engine.device.rows import RowState, mask_array
 from serving.engine.executor import ExecutorLimits
 from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, StepPlan, StepResult
 from serving.errors import ExecutorError
+
+_Masks = dict[int, np.ndarray[tuple[int, ...], np.dtype[np.uint32]]]
+"""Of rows, the tokens they may draw: one bit each."""
 
 _STEPS_AHEAD = 2  # decode steps of one plan on the device at a time: one runs, one waits
 
@@ -70,10 +73,9 @@ class DeviceExecutor:
         self._limits = limits
         self._arena = arena
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
-        heads = model.heads.kv_per_device
-        unit_slots = model.config.unit_layers * heads
         self._offsets = [
-            self._put(np.array(unit * unit_slots, np.int32)) for unit in range(len(model.units))
+            tuple(self._put(offset) for offset in _layer_offsets(model, unit))
+            for unit in range(len(model.units))
         ]
         self._rows = RowState(limits.num_rows, limits.max_blocks_per_row)
         self._last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
@@ -109,6 +111,24 @@ class DeviceExecutor:
         may just be on its way.
         """
         self._interrupted.set()
+
+    def rehearse(self) -> None:
+        """Run every program once, on padding, and wait for it.
+
+        A GPU loads a program's kernels when it first runs: some milliseconds that no request should
+        wait for. Raises what the device raises.
+        """
+        padding = self._rows.padding
+        done: list[jax.Array] = []
+        for bucket in self._decode_buckets:
+            batch = self._batches.of(np.full(bucket, padding, np.int32))
+            hidden = self._run_decode(batch)
+            done += (self._sample_batch(kind, batch, hidden, {}).tokens for kind in HeadKind)
+        for size in self._call_sizes:
+            packed, hidden = self._run_prefill(PrefillCall(size, ()))
+            done += self._programs.prefill_last[size.tokens](hidden, packed)
+        self._batches.forget()
+        jax.block_until_ready((done, self._arena))
 
     def submit(self, plan: StepPlan) -> None:
         """Dispatch the plan and return without waiting for the device."""
@@ -165,47 +185,67 @@ class DeviceExecutor:
 
     def _dispatch_decode(self, flight: _InFlight) -> None:
         """One decode step of the plan's rows."""
-        programs, batch = self._programs, self._batches.of(flight.plan.decode_rows)
-        hidden, step, schedule = programs.decode_embed[batch.bucket](
-            self._model.embedding, self._last_tokens, batch.device_rows, batch.tables, batch.lengths
-        )
-        unit = programs.decode_unit[batch.bucket]
-        for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(
-                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offset
-            )
+        batch = self._batches.of(flight.plan.decode_rows)
+        hidden = self._run_decode(batch)
         masks = flight.plan.masks if not flight.steps else {}
-        kind = HeadKind.COMPLETE if masks else batch.kind
-        sampled = self._sample(
-            kind, batch.rows, batch.bucket, hidden, batch.device_rows, batch.lengths,
-            batch.sampling, dict(masks),
-        )  # fmt: skip
+        sampled = self._sample_batch(
+            HeadKind.COMPLETE if masks else batch.kind, batch, hidden, dict(masks)
+        )
         batch.lengths = sampled.after[1]
         self._rows.grow(batch.rows, 1)
         flight.steps.append(sampled)
 
+    def _run_decode(self, batch: DecodeBatch) -> jax.Array:
+        """The hidden states of a batch's next tokens."""
+        programs = self._programs
+        hidden: jax.Array
+        hidden, step, schedule = programs.decode_embed[batch.bucket](
+            self._model.embedding, self._last_tokens, batch.device_rows, batch.tables, batch.lengths
+        )
+        unit = programs.decode_unit[batch.bucket]
+        for weights, offsets in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(
+                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offsets
+            )
+        return hidden
+
+    def _sample_batch(
+        self, kind: HeadKind, batch: DecodeBatch, hidden: jax.Array, masks: _Masks
+    ) -> _Sampled:
+        return self._sample(
+            kind, batch.rows, batch.bucket, hidden, batch.device_rows, batch.lengths,
+            batch.sampling, masks,
+        )  # fmt: skip
+
     def _dispatch_prefill(self, flight: _InFlight, call: PrefillCall) -> None:
         """Chunks of one or more prompts, and the tokens that follow those that sample."""
-        programs = self._programs
-        bucket, sequences = call.size.tokens, call.size.sequences
-        packed = self._put(self._rows.pack_call(call))
-        hidden, step, schedule = programs.prefill_embed[bucket](self._model.embedding, packed)
-        unit = programs.prefill_unit[bucket]
-        for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, schedule, offset)
+        packed, hidden = self._run_prefill(call)
         rows = call.sampling_rows()
         if not rows.size:
             flight.prefilled.append(hidden)
             return
-        last, device_rows, lengths = programs.prefill_last[bucket](hidden, packed)
+        size = call.size
+        last, device_rows, lengths = self._programs.prefill_last[size.tokens](hidden, packed)
         masks = {row: flight.plan.masks[row] for row in rows.tolist() if row in flight.plan.masks}
         kind = self._rows.head_kind(rows, masked=bool(masks))
-        padded: Int32 = np.full(sequences, self._rows.padding, np.int32)
+        padded: Int32 = np.full(size.sequences, self._rows.padding, np.int32)
         padded[: rows.size] = rows
         sampling = self._put(self._rows.sampling(padded))
         flight.prefills.append(
-            self._sample(kind, rows, sequences, last, device_rows, lengths, sampling, masks)
+            self._sample(kind, rows, size.sequences, last, device_rows, lengths, sampling, masks)
         )
+
+    def _run_prefill(self, call: PrefillCall) -> tuple[jax.Array, jax.Array]:
+        """A call on the device, and the hidden states of its tokens."""
+        programs, tokens = self._programs, call.size.tokens
+        packed = self._put(self._rows.pack_call(call))
+        hidden, step, schedule = programs.prefill_embed[tokens](self._model.embedding, packed)
+        unit = programs.prefill_unit[tokens]
+        for weights, offsets in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(
+                weights, hidden, self._arena, packed, step, schedule, offsets
+            )
+        return packed, hidden
 
     def _sample(
         self,
@@ -216,7 +256,7 @@ class DeviceExecutor:
         device_rows: jax.Array,
         lengths: jax.Array,
         sampling: jax.Array,
-        masks: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.uint32]]],
+        masks: _Masks,
     ) -> _Sampled:
         more: tuple[jax.Array, ...] = ()
         if kind is not HeadKind.GREEDY:
@@ -296,6 +336,13 @@ class DeviceExecutor:
         """Copy to every device of the mesh. The array must not be written afterwards."""
         placed: jax.Array = jax.device_put(array, self._everywhere)
         return placed
+
+
+def _layer_offsets(model: LoadedModel, unit: int) -> list[Int32]:
+    """Slots of a block before those of each layer of a unit, int32 scalars."""
+    heads, layers = model.heads.kv_per_device, model.config.unit_layers
+    first = unit * layers
+    return [np.array(layer * heads, np.int32) for layer in range(first, first + layers)]
 
 
 def _tokens(part: _Sampled) -> Int32:

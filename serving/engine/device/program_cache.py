@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import shutil
 import stat
 import tempfile
@@ -28,9 +27,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from serving.engine.device.executables import loaded_executable, packed_executable
 from serving.engine.device.program_identity import digest
 from serving.engine.device.program_signature import mismatch
 from serving.errors import ConfigurationError
@@ -76,15 +75,31 @@ class ProgramCache:
             path.unlink(missing_ok=True)
         return None
 
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name; loading it may still fail."""
+        return self._path(name).exists()
+
     def store(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keep a program that was compiled here, not one that was loaded. Never raises."""
+        try:
+            packed = packed_executable(compiled)
+        except Exception as error:  # serializing raises whatever it likes
+            self._not_kept(name, error)
+            return
+        self.keep(name, packed)
+
+    def keep(self, name: str, packed: bytes) -> None:
+        """Keep what `packed_executable` made of a program, here or elsewhere. Never raises."""
         path = self._path(name)
         try:
-            content = _packed(compiled, self._title(name))
+            content = _entry(packed, self._title(name))
             self.folder.mkdir(mode=0o700, exist_ok=True)  # another process may have cleared it
             _write(path, content)
-        except Exception as error:  # serializing raises whatever it likes
-            _log.warning("%s was not kept: %s: %s", path, type(error).__name__, error)
+        except OSError as error:
+            self._not_kept(name, error)
+
+    def _not_kept(self, name: str, error: Exception) -> None:
+        _log.warning("%s was not kept: %s: %s", self._path(name), type(error).__name__, error)
 
     def _path(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
@@ -153,7 +168,7 @@ def _loads_what_it_saved(mesh: Mesh) -> bool:
     numbers = jax.device_put(np.arange(4 * mesh.size, dtype=np.float32), spread)
     try:
         compiled = jax.jit(lambda x: x + jnp.sum(x)).lower(numbers).compile()
-        loaded = _unpacked(_packed(compiled, b"probe"), b"probe", devices)
+        loaded = loaded_executable(packed_executable(compiled), devices)
         right = np.array_equal(loaded(numbers), compiled(numbers))
     except Exception as error:  # a backend says in its own way that it cannot
         _log.warning("Executables cannot be kept for %s: %s", devices, error)
@@ -163,9 +178,8 @@ def _loads_what_it_saved(mesh: Mesh) -> bool:
     return right
 
 
-def _packed(compiled: jax.stages.Compiled, title: bytes) -> bytes:
-    body = pickle.dumps(serialize_executable.serialize(compiled))
-    return b"\n".join((_FORMAT, title, hashlib.sha256(body).hexdigest().encode(), body))
+def _entry(packed: bytes, title: bytes) -> bytes:
+    return b"\n".join((_FORMAT, title, hashlib.sha256(packed).hexdigest().encode(), packed))
 
 
 def _unpacked(content: bytes, title: bytes, devices: tuple[jax.Device, ...]) -> jax.stages.Compiled:
@@ -173,16 +187,12 @@ def _unpacked(content: bytes, title: bytes, devices: tuple[jax.Device, ...]) -> 
     head, *rest = content.split(b"\n", 3)
     if head != _FORMAT or len(rest) != 3:
         raise ValueError("it is of another format")
-    found, checksum, body = rest
+    found, checksum, packed = rest
     if found != title:
         raise ValueError("it is another program's")
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
+    if hashlib.sha256(packed).hexdigest().encode() != checksum:
         raise ValueError("it is damaged")
-    serialized, in_tree, out_tree = pickle.loads(body)
-    compiled: jax.stages.Compiled = serialize_executable.deserialize_and_load(
-        serialized, in_tree, out_tree, backend=devices[0].client, execution_devices=devices
-    )
-    return compiled
+    return loaded_executable(packed, devices)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -55,11 +55,22 @@ def replica_identity(shapes: ProgramShapes, target: Target) -> dict[str, Any]:
         "target": _words(target),
         "devices": [_device(device) for device in devices],
         "runtime": _runtime(devices[0]),
-        "packages": _packages(),
-        "flags": {name: os.environ.get(name, "") for name in _FLAG_VARIABLES},
-        "jax": _settings(),
-        "sources": _IMPORTED,
+        **_code(),
     }
+
+
+def code_identity(shapes: ProgramShapes, target: Target) -> str:
+    """Digest of all that `replica_identity` has but the devices and their runtime.
+
+    Two processes with the same one make the same programs for the same kind of device.
+    """
+    return digest({"shapes": _words(shapes), "target": _words(target), **_code()})
+
+
+def jax_settings() -> dict[str, Any]:
+    """JAX's settings as far as they matter to programs."""
+    values = jax.config.values
+    return {name: values[name] for name in sorted(values) if not name.startswith(_NO_MATTER)}
 
 
 def digest(identity: dict[str, Any]) -> str:
@@ -136,6 +147,10 @@ def _packages() -> Sequence[str]:
     return sorted({f"{one.name}=={one.version}" for one in importlib.metadata.distributions()})
 
 
-def _settings() -> dict[str, str]:
-    values = jax.config.values
-    return {name: str(values[name]) for name in sorted(values) if not name.startswith(_NO_MATTER)}
+def _code() -> dict[str, Any]:
+    return {
+        "packages": _packages(),
+        "flags": {name: os.environ.get(name, "") for name in _FLAG_VARIABLES},
+        "jax": {name: str(value) for name, value in jax_settings().items()},
+        "sources": _IMPORTED,
+    }

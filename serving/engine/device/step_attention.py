@@ -36,6 +36,9 @@ class Step(NamedTuple):
 Schedule = tuple[jax.Array, ...]
 """What `paged_attention.decode_schedule` or `prefill_schedule` makes, or nothing."""
 
+Offsets = tuple[jax.Array, ...]
+"""Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
+
 _Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
 
 
@@ -58,6 +61,10 @@ class StepAttention:
         cosines_sines: Any = shapes.float32(tokens, shapes.config.head_dim)
         places: Any = (shapes.int32(2, tokens),) if self._stores_first else ()
         return Step(cosines_sines, places)
+
+    def offsets_shape(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of the layer offsets of a unit."""
+        return (self._shapes.int32(),) * self._shapes.config.unit_layers
 
     def decode_step(self, tables: jax.Array, lengths: jax.Array) -> Step:
         """tables int32 [rows, t], lengths int32 [rows]: with the new token, 0 for padding."""
@@ -101,9 +108,9 @@ class StepAttention:
         schedule: Schedule,
         tables: jax.Array,
         lengths: jax.Array,
-        unit_offset: jax.Array,
+        offsets: Offsets,
     ) -> Attend:
-        """Attention of a unit's layers in a decode step; unit_offset: slots before the unit's."""
+        """Attention of a unit's layers in a decode step."""
 
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
             return paged_attention.decode(
@@ -111,7 +118,7 @@ class StepAttention:
                 schedule=next(iter(schedule), None), **self._options(),
             )  # fmt: skip
 
-        return self._attend(step, unit_offset, read)
+        return self._attend(step, offsets, read)
 
     def prefill_attend(
         self,
@@ -120,7 +127,7 @@ class StepAttention:
         tables: jax.Array,
         starts: jax.Array,
         counts: jax.Array,
-        unit_offset: jax.Array,
+        offsets: Offsets,
     ) -> Attend:
         """Attention of a unit's layers in a prefill call."""
 
@@ -130,15 +137,15 @@ class StepAttention:
                 schedule=next(iter(schedule), None), **self._options(),
             )  # fmt: skip
 
-        return self._attend(step, unit_offset, read)
+        return self._attend(step, offsets, read)
 
-    def _attend(self, step: Step, unit_offset: jax.Array, read: _Read) -> Attend:
+    def _attend(self, step: Step, offsets: Offsets, read: _Read) -> Attend:
         kv_heads, eps = self._heads.kv_per_device, self._shapes.config.rms_norm_eps
 
         def attend(
             layer_in_unit: int, projections: Projections, arena: Arena
         ) -> tuple[jax.Array, Arena]:
-            offset = unit_offset + layer_in_unit * kv_heads
+            offset = offsets[layer_in_unit]
             k: jax.Array | None = None
             v: jax.Array | None = None
             if step.places:

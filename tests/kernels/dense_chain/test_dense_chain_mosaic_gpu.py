@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,16 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from lumen_kernels import dense_chain as package
-from lumen_kernels.dense_chain import Weights, cut, dense_chain, mosaic_gpu, no_meetings, xla
+from lumen_kernels.dense_chain import (
+    Meetings,
+    Weights,
+    cut,
+    dense_chain,
+    first_norm,
+    mosaic_gpu,
+    no_meetings,
+    xla,
+)
 from lumen_kernels.target import CPU, HOPPER
 
 from lumen.presets import preset
@@ -144,8 +154,8 @@ def test_no_races(m, qkv, expected, races):
     shape = dataclasses.replace(SOME, qkv=qkv)
     attended, hidden, weights, norms = operands(shape, m)
     buffers = {"attended": attended, "hidden": hidden, **weights._asdict(), "norms": norms}
-    buffers["norm"] = jnp.zeros((1,), jnp.int32)
-    mosaic_gpu.run(shape.cut(m, 4), buffers, no_meetings(), EPS, interpret=True)
+    buffers["place"] = jnp.zeros((2,), jnp.int32)
+    mosaic_gpu.run(shape.cut(m, 4), buffers, no_meetings().counter, EPS, interpret=True)
     assert races == expected
 
 
@@ -186,10 +196,13 @@ def export(m, shape, target=HOPPER):
         down=struct(shape.hidden, shape.inner),
         qkv=None if shape.qkv is None else struct(shape.qkv, shape.hidden),
     )
-    program = jax.jit(
-        lambda *given: dense_chain(*given, norm=1, eps=1e-5, target=target),
-        donate_argnums=4,  # as between the layers of a program
-    )
+
+    def chain(*given):
+        *given, counter = given
+        made = dense_chain(*given, Meetings(counter, 0), norm=1, eps=1e-5, target=target)
+        return made.hidden, made.projected, made.meetings.counter
+
+    program = jax.jit(chain, donate_argnums=4)  # as between the layers of a program
     return jax.export.export(program, platforms=["cuda"])(
         struct(m, shape.q),
         struct(m, shape.hidden),
@@ -225,32 +238,53 @@ def test_it_lowers_for_hopper_as_one_launch(name, m, last):
     assert "dot_general" not in module
 
 
-def test_a_chain_without_a_next_layer_counts_for_itself(monkeypatch):
-    # The counter is read by the number of blocks, and theirs differ.
-    assert shape_of("qwen2.5-14b").cut(8, 132).clusters == 128
-    assert shape_of("qwen2.5-14b", last=True).cut(8, 132).clusters == 132
+def test_chains_of_a_program_know_how_many_blocks_have_arrived(monkeypatch):
+    # With and without a next layer there may be other numbers of blocks.
+    assert shape_of("qwen2.5-14b").cut(8, 132).blocks == 128
+    assert shape_of("qwen2.5-14b", last=True).cut(8, 132).blocks == 132
 
-    counters = []
+    calls = []
 
-    def launch(chosen, given, meetings, eps, *, interpret):
-        counters.append(meetings)
+    def launch(chosen, given, counter, eps, *, interpret):
+        arrivals = given["place"].tolist()[1]
+        calls.append((arrivals, counter.tolist()))
         made = {k: v for phase in chosen.phases for k, v in chosen.made_by(phase).items()}
         zeros = {name: jnp.zeros(one.shape, one.dtype) for name, one in made.items()}
-        return zeros, meetings + chosen.clusters * (len(chosen.phases) - 1)
+        return zeros, counter + chosen.blocks * (len(chosen.phases) - 1)
 
     monkeypatch.setattr(cut, "_LEAST_WEIGHTS", 0)
     monkeypatch.setattr(package, "_on_gpu", launch)
     meetings = no_meetings()
-    for last in (False, False, True):
-        given = operands(Shape(128, 64, 192, None if last else 80), 8)
-        before = meetings
+    for qkv in (80, 80, None):
+        given = operands(Shape(128, 64, 192, qkv), 8)
         *_, meetings = dense_chain(*given, meetings, eps=EPS, target=on(4))
-        assert (meetings is before) == last
-    assert [one[0] for one in counters] == [0, 12, 0]
+    assert calls == [(0, [0]), (12, [12]), (24, [24])]
+    assert meetings.arrivals == meetings.counter[0] == 24 + 8
+
+
+def test_chains_of_a_program_share_one_kernel_and_one_counter():
+    """Nothing is launched but the first norm and the chains: no constant is copied to count in."""
+    shape = shape_of("llama-3.1-8b")
+
+    def program(hidden, weights, norms):
+        projected, meetings = first_norm(hidden, norms, eps=EPS, target=HOPPER)
+        for norm in (1, 3):
+            attended = projected[:, : shape.q]
+            hidden, projected, meetings = dense_chain(
+                attended, hidden, weights, norms, meetings, norm=norm, eps=EPS, target=HOPPER
+            )
+        return hidden, projected
+
+    _, hidden, weights, norms = jax.eval_shape(lambda: operands(shape, 1))
+    exported = jax.export.export(jax.jit(program), platforms=["cuda"])(hidden, weights, norms)
+    module = exported.mlir_module()
+    kernels = re.findall(r'kernel_hash = "(.*?[^\\])"', module)
+    assert len(kernels) == 3
+    assert len(set(kernels)) == 2
+    assert "dense<0> : tensor<1xi32>" not in module
 
 
 @pytest.mark.parametrize(("name", "m"), [("llama-3.1-8b", 33), ("tiny-llama", 8)])
 def test_many_rows_and_small_layers_are_products_of_their_own(name, m):
     module = export(m, shape_of(name)).mlir_module()
-    ours, xlas = module.count("custom_call @mosaic_gpu"), module.count("stablehlo.dot_general")
-    assert ours + xlas == 4
+    assert module.count("call @matmul") + module.count("stablehlo.dot_general") == 4

@@ -49,6 +49,44 @@ def test_the_step_budget_bounds_decodes_and_chunks_together(make_driver, make_pr
     assert max(used) == 6
 
 
+def test_prompts_are_spread_over_steps_while_others_decode(make_driver, make_prompt):
+    """A quarter of what waits, here, as a power of two; all of it when nothing decodes."""
+    driver = make_driver(
+        limits={"max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12},
+        config={"spread_steps": 4, "min_prefill_tokens": 2, "prefix_caching": False},
+    )
+    driver.add("first", make_prompt(30), max_tokens=30)
+    driver.step()
+    for index in range(3):
+        driver.add(f"r{index}", make_prompt(20, index), max_tokens=4)
+    driver.run()
+    driver.assert_as_reference()
+    prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
+    assert prefilled[0] == 30
+    # 60 tokens are left, 44, 28, 20, 12, 8, 6, 4, 2: a quarter, rounded up.
+    assert prefilled[1:10] == [16, 16, 8, 8, 4, 2, 2, 2, 2]
+
+
+def test_a_spread_of_one_fills_every_step(make_driver, make_prompt):
+    driver = make_driver(
+        limits={"max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12},
+        config={"spread_steps": 1, "prefix_caching": False},
+    )
+    driver.add("first", make_prompt(30), max_tokens=30)
+    driver.step()
+    for index in range(3):
+        driver.add(f"r{index}", make_prompt(20, index), max_tokens=4)
+    driver.run()
+    prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
+    assert prefilled[1:4] == [32, 28, 0]
+
+
+@pytest.mark.parametrize("name", ["spread_steps", "min_prefill_tokens"])
+def test_a_spread_of_nothing_is_refused(name):
+    with pytest.raises(ConfigurationError, match=name):
+        EngineConfig(**{name: 0})
+
+
 def test_a_plan_has_no_more_prefills_than_the_executor_takes(make_driver, make_prompt):
     driver = make_driver(limits={"max_prefills": 2, "max_prefill_tokens": 30})
     for index in range(4):

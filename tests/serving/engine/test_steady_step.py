@@ -35,7 +35,7 @@ class Steady:
             max_logprobs=5,
             model_revision="r1",
         )
-        config = EngineConfig(eos_token_ids=(7,), pipeline_depth=depth)
+        config = EngineConfig(eos_token_ids=(7,), pipeline_depth=depth, spread_steps=1)
         self.core = EngineCore(limits, config)
         self.plans: list[StepPlan] = []
         for index in range(rows):

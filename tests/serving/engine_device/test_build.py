@@ -89,6 +89,15 @@ def test_buckets_cover_every_size():
     assert few.chunk_buckets == {16: 1, 32: 2, 64: 4, 128: 4, 256: 4, 512: 4}
 
 
+def test_batch_sizes_grow_in_smaller_steps_the_larger_they_are():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=512)
+    assert config.decode_buckets == (
+        1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+    )  # fmt: skip
+    assert dataclasses.replace(config, num_rows=100).decode_buckets[-3:] == (64, 96, 100)
+    assert dataclasses.replace(config, num_rows=1).decode_buckets == (1,)
+
+
 def test_progress_counts_weights_and_programs(executor, build_steps):
     total = build_steps[0][1]
     assert [step[:2] for step in build_steps] == [(n, total) for n in range(1, total + 1)]
@@ -143,3 +152,34 @@ def test_a_failing_device_is_reported_once_and_for_all(executor, drive, prompt):
 def test_collecting_nothing_is_an_error(executor):
     with pytest.raises(ExecutorError, match="submit one first"):
         executor.collect()
+
+
+def test_every_program_has_run_once_before_the_first_request(executor):
+    """And has left the arena and the rows' state alone."""
+    ran = []
+
+    def noted(name, program):
+        def run(*arguments):
+            ran.append(name)
+            return program(*arguments)
+
+        return run
+
+    tables = {
+        field.name: getattr(executor._programs, field.name)
+        for field in dataclasses.fields(executor._programs)
+    }
+    noting = {
+        kind: {key: noted((kind, key), program) for key, program in table.items()}
+        for kind, table in tables.items()
+        if kind != "zero_arena"
+    }
+    programs = dataclasses.replace(executor._programs, **noting)
+    arena = executor._programs.zero_arena()
+    fresh = DeviceExecutor(executor._model, programs, executor.limits, arena)
+    fresh.rehearse()
+    expected = {(kind, key) for kind, table in tables.items() if kind in noting for key in table}
+    assert set(ran) == expected
+    assert not any(np.asarray(segment).any() for segment in fresh._arena)
+    assert not fresh._rows._kv_len.any()
+    assert not np.asarray(fresh._last_tokens).any()

@@ -53,9 +53,9 @@ def test_programs_lower_for_hopper(tensor: int, head_dim: int, block_size: int) 
         if key[0] not in ("decode_unit", "prefill_unit"):
             assert kernels == 0, key
             continue
-        # Rotation with KV write, and attention, one kernel each for all layers, and at most one
-        # matmul for each of the four shapes of matrices.
-        assert 2 <= kernels <= 6, key
+        # Rotation with KV write, and attention, one kernel each for all layers, the first norm and
+        # those that a product is added before, and at most one matmul for each of the four shapes.
+        assert 3 <= kernels <= 8, key
         # The one that writes the arena does it in place.
         writes = re.search(r"func.func private @write.*?\n  }\n", text, re.DOTALL)
         assert writes, key

@@ -24,10 +24,15 @@ from lumen_kernels.target import CPU
 from lumen.model import model_defs
 from lumen.presets import preset
 from lumen.sharding import TENSOR_AXIS, HeadLayout
-from serving.engine.device import DeviceExecutorConfig, build_device_executor, program_cache
+from serving.engine.device import (
+    DeviceExecutorConfig,
+    build_device_executor,
+    executables,
+    program_cache,
+)
 from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.build import LOADED
-from serving.engine.device.compilation import Source, compile_all, without_jax_cache
+from serving.engine.device.compilation import compile_all, without_jax_cache
 from serving.engine.device.program_cache import (
     ProgramCache,
     check_trusted,
@@ -42,6 +47,7 @@ from serving.engine.device.program_identity import (
 )
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_signature import mismatch
+from serving.engine.device.program_source import Source
 from serving.engine.device.programs import ProgramBuilder
 from serving.engine.device.step_attention import StepAttention
 from serving.errors import ConfigurationError
@@ -310,7 +316,7 @@ def doubling(mesh: Mesh, size: int):
     struct = jax.ShapeDtypeStruct(
         (size,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
     )
-    return Source(lambda: jax.jit(lambda x: 2 * x).lower(struct), (struct,))
+    return Source(("double", size), lambda: jax.jit(lambda x: 2 * x).lower(struct), (struct,))
 
 
 def test_what_another_mesh_placed_is_a_mismatch(tmp_path):
@@ -405,9 +411,9 @@ def test_folders_are_made_for_their_owner_alone(filled):
 
 
 def test_devices_that_compute_nonsense_from_a_file_get_no_cache(tmp_path, monkeypatch, caplog):
-    unpacked = program_cache._unpacked
+    loaded = program_cache.loaded_executable
     monkeypatch.setattr(
-        program_cache, "_unpacked", lambda *what: lambda x: unpacked(*what)(x) + 1.0
+        program_cache, "loaded_executable", lambda *what: lambda x: loaded(*what)(x) + 1.0
     )
     assert open_program_cache(tmp_path / "cache", mesh_of(0, 1), {}) is None
     assert "nonsense" in caplog.text
@@ -417,7 +423,7 @@ def test_devices_that_cannot_load_run_without_a_cache(weights, tmp_path, monkeyp
     def broken(*arguments, **options):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: not on this device")
 
-    monkeypatch.setattr(program_cache.serialize_executable, "deserialize_and_load", broken)
+    monkeypatch.setattr(executables.serialize_executable, "deserialize_and_load", broken)
     with caplog.at_level(logging.WARNING):
         executor, names = start(weights, tmp_path)
     assert (len(names), loaded(names)) == (PROGRAMS, 0)
@@ -445,7 +451,7 @@ def test_collections_pause_while_programs_are_made(tmp_path):
         raise ValueError("no such program")
 
     with pytest.raises(ValueError, match="no such program"):
-        compile_all({"broken": Source(lower, ())}, 1, lambda *what: None)
+        compile_all({"broken": Source((), lower, ())}, 1, lambda *what: None)
     assert (seen, gc.isenabled()) == ([False], True)
 
 

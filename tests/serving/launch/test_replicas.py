@@ -6,7 +6,7 @@ from rich.progress import Progress
 
 from serving.launch.config import BatchSettings, ModelSettings, ServeConfig
 from serving.launch.model import served_model
-from serving.launch.replicas import build_replicas
+from serving.launch.replicas import build_replicas, executor_config
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,22 @@ def test_a_second_start_says_that_all_was_loaded(made, tmp_path_factory, caplog)
     assert progress.tasks[0].description == f"replica 0: {made}"
     assert progress.tasks[0].finished
     assert caplog.messages == [f"replica 0: {made}"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "budget", "most", "calls"),
+    [
+        ("cpu", 512, 64, None),  # as long as the model takes
+        ("gpu", 4608, 4096, (128, 256, 512, 1024, 2048, 4096)),
+        ("tpu", 256, 256, (128, 256)),
+        ("gpu", 100, 64, (64,)),
+    ],
+)
+def test_prefill_calls_fit_the_budget_and_the_platform(platform, budget, most, calls):
+    config = ServeConfig(
+        model=ModelSettings(model="random:tiny-smollm", max_model_len=64),
+        batching=BatchSettings(token_budget=budget),
+    )
+    made = executor_config(config, served_model(config.model), platform)
+    assert made.max_prefill_tokens == most
+    assert made.prefill_buckets == calls

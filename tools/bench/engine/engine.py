@@ -1,11 +1,9 @@
 """Engines to measure: what every one offers, and the one that runs in this process."""
 
 import gc
-import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,19 +13,16 @@ from lumen.model_spec import resolve_model
 from serving.engine.config import EngineConfig
 from serving.engine.core import EngineCore
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
-from serving.engine.events import AddRequest
+from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.executor import Executor
 from serving.engine.loop import LoopPorts, ReplicaThread
-from serving.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
+from serving.engine.request import EngineRequest, RequestOutput, SamplingParams
 from serving.policy.snapshot import ReplicaLoad
+from tools.bench.engine.receipts import EngineError, Receipt, Receipts
 from tools.bench.engine.step_clock import StepClock, StepTime
 from tools.bench.engine.works import Job
 
 _STOP_S = 30.0
-
-
-class EngineError(Exception):
-    """The engine failed, or answered something else than what it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +85,23 @@ class EngineSettings:
     compile_threads: int
 
 
+def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
+    """The executor's part of the settings. Raises ConfigurationError."""
+    return DeviceExecutorConfig(
+        max_model_len=settings.max_model_len,
+        num_rows=settings.num_rows,
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks,
+        memory_fraction=settings.memory_fraction,
+        max_prefill_tokens=settings.prefill_buckets[-1],
+        max_prefills=settings.max_prefills,
+        prefill_buckets=settings.prefill_buckets,
+        dtype=settings.dtype,
+        compile_threads=settings.compile_threads,
+        cache_dir=cache_dir,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """An executor that is ready, and what it took: until the weights were there, in all."""
@@ -113,20 +125,8 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
         if name == "weights":
             weights_s = time.perf_counter() - started
 
-    config = DeviceExecutorConfig(
-        max_model_len=settings.max_model_len,
-        num_rows=settings.num_rows,
-        block_size=settings.block_size,
-        num_blocks=settings.num_blocks,
-        memory_fraction=settings.memory_fraction,
-        max_prefill_tokens=settings.prefill_buckets[-1],
-        max_prefills=settings.max_prefills,
-        prefill_buckets=settings.prefill_buckets,
-        dtype=settings.dtype,
-        compile_threads=settings.compile_threads,
-        cache_dir=cache_dir,
-    )
     source = resolve_model(settings.model).source
+    config = executor_config(settings, cache_dir)
     executor = build_device_executor(source, jax.devices()[:1], config, progress)
     limits = executor.limits
     return Built(
@@ -135,17 +135,6 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
         weights_s,
         time.perf_counter() - started,
     )
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A run under way. Written by the loop's thread, read when `done` is set."""
-
-    jobs: int
-    tokens: Counter[str] = field(default_factory=Counter)
-    ends: dict[str, RequestOutput] = field(default_factory=dict)
-    ended_at: float = 0.0
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class InProcessEngine:
@@ -166,8 +155,8 @@ class InProcessEngine:
         core = EngineCore(executor.limits, config)
         ports = LoopPorts(core, self.clock, self._publish, time.monotonic)
         self._thread = ReplicaThread(ports, self._failed)
-        self._runs = 0
-        self._pending: _Pending | None = None
+        self._requests = 0
+        self._receipts = Receipts()
         self._failure = ""
         gc.collect()
         gc.freeze()  # as a worker does
@@ -190,27 +179,45 @@ class InProcessEngine:
 
     def generate(self, jobs: Sequence[Job]) -> Run:
         """Run jobs that come all at once, greedily. Raises EngineError unless every token came."""
+        self.clock.steps = []
+        started = time.perf_counter()
+        receipts = [self.submit(job) for job in jobs]
+        ended = self.drain()
+        for receipt in receipts:
+            receipt.check_whole()
+        tokens = sum(len(receipt.tokens) for receipt in receipts)
+        return Run(ended - started, tokens, self.clock.steps)
+
+    def submit(self, job: Job) -> Receipt:
+        """Hand over one request, greedy; what becomes of it is in the receipt, as it comes.
+
+        Raises EngineError if the engine has failed.
+        """
         if self._failure:
             raise EngineError(f"The engine failed earlier: {self._failure}")
-        self._runs += 1
-        requests = [
-            EngineRequest(
-                f"{self._runs}-{number}", 1, job.prompt,
-                SamplingParams(temperature=0.0, max_tokens=job.output_tokens, ignore_eos=True),
-            )
-            for number, job in enumerate(jobs)
-        ]  # fmt: skip
-        self.clock.steps = []
-        pending = self._pending = _Pending(len(jobs))
-        started = time.perf_counter()
-        for request in requests:
-            self._thread.post(AddRequest(request))
-        pending.done.wait()
+        self._requests += 1
+        receipt = self._receipts.add(str(self._requests), job)
+        sampling = SamplingParams(temperature=0.0, max_tokens=job.output_tokens, ignore_eos=True)
+        request = EngineRequest(receipt.request_id, 1, job.prompt, sampling)
+        self._thread.post(AddRequest(request))
+        return receipt
+
+    def cancel(self, receipt: Receipt) -> None:
+        """End a request early; if it has ended nothing happens."""
+        self._thread.post(CancelRequest(receipt.request_id, 1))
+
+    def drain(self) -> float:
+        """Wait until every request submitted has ended; when that was, on `time.perf_counter`.
+
+        Raises EngineError if the engine fails.
+        """
+        receipts = self._receipts
+        receipts.close()
+        receipts.done.wait()
         if self._failure:
             raise EngineError(f"The engine failed: {self._failure}")
-        for request, job in zip(requests, jobs, strict=True):
-            _check(request.request_id, job, pending)
-        return Run(pending.ended_at - started, pending.tokens.total(), self.clock.steps)
+        self._receipts = Receipts()
+        return receipts.ended_at
 
     def close(self) -> None:
         """Stop the loop."""
@@ -218,30 +225,9 @@ class InProcessEngine:
         self._thread.join(_STOP_S)
 
     def _publish(self, outputs: tuple[RequestOutput, ...], load: ReplicaLoad) -> None:
-        pending = self._pending
-        if pending is None:
-            return
-        for output in outputs:
-            pending.tokens[output.request_id] += len(output.tokens)
-            if output.finish is not None:
-                pending.ends[output.request_id] = output
-        if len(pending.ends) == pending.jobs:
-            pending.ended_at = time.perf_counter()
-            self._pending = None
-            pending.done.set()
+        if outputs:
+            self._receipts.take(outputs)
 
     def _failed(self, reason: str) -> None:
         self._failure = reason
-        if self._pending is not None:
-            self._pending.done.set()
-
-
-def _check(request_id: str, job: Job, pending: _Pending) -> None:
-    end = pending.ends[request_id]
-    if end.finish is not FinishReason.LENGTH:
-        raise EngineError(f"Request {request_id} ended as {end.finish}: {end.detail}")
-    if pending.tokens[request_id] != job.output_tokens:
-        raise EngineError(
-            f"Request {request_id} brought {pending.tokens[request_id]} tokens, not "
-            f"{job.output_tokens}."
-        )
+        self._receipts.done.set()

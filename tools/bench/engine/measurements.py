@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench.engine import bars
+from tools.bench.engine import bars, trace_latency
 from tools.bench.engine.bars import Bar
 from tools.bench.engine.engine import Engine, InProcessEngine, Run
 from tools.bench.engine.profile import DecodeTrace
 from tools.bench.engine.report import kernel_rows, measured, not_measured
 from tools.bench.engine.step_clock import SteadyStep, steady_step
+from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import Lengths, Sizes, alike
 from tools.bench.summary import Row
 
@@ -24,7 +25,7 @@ class Bench:
     """What all works are measured with.
 
     barred: the bars apply: full sizes, on the model and dtype they are of. profile_dir: where
-    profiles are kept; None: nowhere.
+    profiles are kept; None: nowhere. trace: for `itl`; None: none was given.
     """
 
     engine: Engine
@@ -32,6 +33,7 @@ class Bench:
     reps: int
     barred: bool
     profile_dir: Path | None = None
+    trace: TraceOptions | None = None
 
     def bar(self, bar: Bar) -> Bar:
         """The bar, if it applies."""
@@ -198,11 +200,23 @@ def _idle(
     )  # fmt: skip
 
 
+def itl(bench: Bench) -> Iterator[Row]:
+    """Latency while requests come as in a recorded trace."""
+    name, engine = "ITL p99 under a trace", bench.engine
+    if bench.trace is None:
+        yield not_measured(name, "ms", "not measured: no trace given")
+    elif not isinstance(engine, InProcessEngine):
+        yield not_measured(name, "ms", "not measured: the engine runs in another process")
+    else:
+        yield from trace_latency.measure(engine, bench.trace, bench.reps, bench.barred)
+
+
 WORKS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "a": decode,
     "b": prefill,
     "c": offline,
     "d": mix,
+    "itl": itl,
     "idle": idle,
 }
 """By the name of the flag."""

@@ -16,20 +16,22 @@ def measured(
 ) -> Row:
     """A row with figures. speed: over the peer, more than 1 is faster; verdict: against aim and
     floor, empty without a floor."""
-    one = row(
-        name, unit, samples,
-        peer=_rounded(bar.peer),
-        peer_source=SOURCE if bar.peer is not None else None,
-        floor=_rounded(bar.floor),
-        aim=_rounded(bar.aim),
-        status=MEASURED,
-        note=note,
-        **more,
-    )  # fmt: skip
+    return with_bar(row(name, unit, samples, status=MEASURED, note=note, **more), bar)
+
+
+def with_bar(one: Row, bar: Bar) -> Row:
+    """A row with figures, beside another bar."""
+    one = {
+        **one,
+        "peer": _rounded(bar.peer),
+        "peer_source": SOURCE if bar.peer is not None else None,
+        "floor": _rounded(bar.floor),
+        "aim": _rounded(bar.aim),
+    }
     speed = None
     if bar.peer is not None:
         speed = one["median"] / bar.peer
-        speed = 1 / speed if unit in TIMES else speed
+        speed = 1 / speed if one["unit"] in TIMES else speed
     return {**one, "speed": _rounded(speed), "verdict": verdict(one)}
 
 

@@ -11,16 +11,21 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from lumen.model_spec import resolve_model
 from tools.bench.engine import bars
-from tools.bench.engine.engine import EngineError, EngineSettings, InProcessEngine, build
+from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
+from tools.bench.engine.gateway import beside_in_process, gateway_engine
 from tools.bench.engine.measurements import WORKS, Bench, warm_up
+from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import line, measured, not_measured
 from tools.bench.engine.start_up import StartUp, start
+from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import FULL, SMOKE
 from tools.bench.summary import Row
 
 START = "start"
 WORK_NAMES = (START, *WORKS)
+GATEWAY_WORKS = ("a", "b", "c", "d")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +33,8 @@ class Options:
     """works: names out of WORK_NAMES. reps: runs of each. starts: processes started for each of
     the cold and the warm start. command: that starts one, with all its flags. cache_dir: of
     compiled programs, for the engine measured; None: one that is thrown away. profile_dir: where
-    profiles are kept."""
+    profiles are kept. trace: what `itl` plays; None: it is not measured. gateway: works that are
+    measured through a gateway and a worker, too."""
 
     settings: EngineSettings
     works: tuple[str, ...] = WORK_NAMES
@@ -38,8 +44,15 @@ class Options:
     command: Sequence[str] = ()
     cache_dir: Path | None = None
     profile_dir: Path | None = None
+    trace: TraceOptions | None = None
+    gateway: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.gateway:
+            if name not in GATEWAY_WORKS:
+                raise ValueError(
+                    f"--gateway={name}: no such work; there are {list(GATEWAY_WORKS)}."
+                )
         for name in self.works:
             if name not in WORK_NAMES:
                 raise ValueError(f"--works={name}: no such work; there are {list(WORK_NAMES)}.")
@@ -73,7 +86,8 @@ class Outcome:
 def run(options: Options) -> Outcome:
     """Measure on JAX's first device, printing as it goes. An interrupt ends it with what it has.
 
-    Starts are measured first: their processes need the device, which this one takes later.
+    Starts, and what goes through a gateway, are measured first: their processes need the device,
+    which this one takes later and keeps.
     """
     outcome = Outcome()
     barred = (
@@ -85,9 +99,13 @@ def run(options: Options) -> Outcome:
         with _own_compile_cache(), tempfile.TemporaryDirectory() as scratch:
             if START in options.works:
                 _starts(options, Path(scratch), barred, outcome)
+            cache = options.cache_dir or _start_cache(Path(scratch), 0)
+            through = _through_gateway(options, cache, Path(scratch), outcome)
             if any(name in WORKS for name in options.works):
-                cache = options.cache_dir or _start_cache(Path(scratch), 0)
                 _works(options, cache, barred, outcome)
+            in_process = {one["name"]: one for one in outcome.rows}
+            for one in through:
+                outcome.add(beside_in_process(one, in_process.get(one["name"]), barred))
     except KeyboardInterrupt:
         outcome.failures.append("interrupted: what follows was not measured")
     return outcome
@@ -137,6 +155,25 @@ def _capacity_row(tokens: int, barred: bool) -> Row:
     return measured("KV capacity", "tokens", [tokens], bar)
 
 
+def _through_gateway(options: Options, cache: Path, scratch: Path, outcome: Outcome) -> list[Row]:
+    """Rows of the works that go through a gateway, without any bar."""
+    rows: list[Row] = []
+    if not options.gateway:
+        return rows
+    vocab_size = resolve_model(options.settings.model).source.config.vocab_size
+    try:
+        with gateway_engine(options.settings, vocab_size, cache, scratch) as engine:
+            bench = Bench(engine, SMOKE if options.smoke else FULL, options.reps, barred=False)
+            warm_up(bench)
+            for name in options.gateway:
+                for one in WORKS[name](bench):
+                    print(f"through gateway and worker: {line(one)}", flush=True)
+                    rows.append(one)
+    except EngineError as error:
+        outcome.fail("through gateway and worker", error)
+    return rows
+
+
 def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> None:
     with _engine(options, cache, outcome) as engine:
         if all(one["name"] != "KV capacity" for one in outcome.rows):
@@ -144,7 +181,7 @@ def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> Non
             assert isinstance(tokens, int)
             outcome.add(_capacity_row(tokens, barred))
         sizes = SMOKE if options.smoke else FULL
-        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir)
+        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir, options.trace)
         warm_up(bench)
         for name in options.works:
             if name not in WORKS:

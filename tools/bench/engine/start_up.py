@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.bench.engine.engine import Built, EngineError
+from tools.bench.engine.engine import Built
+from tools.bench.engine.receipts import EngineError
 
 _MARK = "started: "
 _TIMEOUT_S = 900.0

@@ -17,6 +17,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class TimedJob:
+    """A request that comes `at_s` seconds after the start."""
+
+    at_s: float
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
 class Lengths:
     """Prompt and output tokens of requests that all come at once."""
 

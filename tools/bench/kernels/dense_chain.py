@@ -1,4 +1,5 @@
-"""The dense half of decoder layers with few rows, beside the same products one by one.
+"""The dense half of decoder layers: few rows beside the same products one by one, many beside the
+same products with XLA's sums and norms between them.
 
 Layers follow each other as in a model: each call adds to the hidden states of the one before, and
 the queries that one projected stand in for what attention would make of them. (With operands of
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lumen_kernels.dense_chain import Weights, xla
+from lumen_kernels.add_norm import xla as add_norm
+from lumen_kernels.dense_chain import Weights, no_meetings, xla
 
 from tools.bench.kernels import reference
 from tools.bench.kernels.case import Bar, Bench, Case, Measurement, Work
@@ -24,15 +26,16 @@ from tools.bench.kernels.timing import Program, Timing
 _LAYERS = 4
 _CALLS = 16  # of one launch: over a millisecond with an 8B model
 _EPS = 1e-5
-_BAR = Bar("TB/s", 3.75, 4.0, peer_source="product by product in the same run")
+_FEW_ROWS = 32  # one launch
+_FEW_BAR = Bar("TB/s", 3.75, 4.0, peer_source="product by product in the same run")
+_MANY_BAR = Bar("us", peer_source="sums and norms by XLA in the same run")
 
 
 class _State(NamedTuple):
-    """Of a launch: what each call made, and what the next launch's meetings start from."""
+    """Of a launch: what each call made."""
 
     hidden: list[Any]
     projected: list[Any]
-    meetings: Any
 
 
 # attended, hidden, weights, norms, meetings, row of norms -> hidden, projected, meetings
@@ -62,29 +65,43 @@ def _case(bench: Bench, chain: Chain, rows: int) -> Case:
         )
         return hidden, projected, meetings
 
+    def with_xla_norms(*arguments: Any) -> tuple[Any, Any, Any]:
+        attended, hidden, weights, norms, meetings, norm = arguments
+        matmul, gated = (
+            functools.partial(one, target=bench.target)
+            for one in (bench.operations.matmul, bench.operations.silu_gated)
+        )
+        x = matmul(attended, weights.o)
+        hidden, x = add_norm.add_rms_norm(x, hidden, norms[norm], _EPS)
+        x = matmul(gated(x, weights.gate_up), weights.down)
+        hidden, x = add_norm.add_rms_norm(x, hidden, norms[norm + 1], _EPS)
+        return hidden, matmul(x, weights.qkv), meetings
+
+    peer, bar = (by_products, _FEW_BAR) if rows <= _FEW_ROWS else (with_xla_norms, _MANY_BAR)
     matrices: list[Any] = [struct(*shape) for shape in chain.weights]
     layers = [Weights(*matrices)] * _LAYERS
     attended, hidden = struct(rows, chain.q_width), struct(rows, chain.hidden)
     norms = struct(2 * _LAYERS, chain.hidden, dtype=jnp.float32)
-    state = _State(
-        [hidden] * _CALLS, [struct(rows, chain.qkv)] * _CALLS, struct(1, dtype=jnp.int32)
-    )
+    state = _State([hidden] * _CALLS, [struct(rows, chain.qkv)] * _CALLS)
     programs = [
         Program(_layers(one), state, (attended, hidden, norms, layers), _CALLS, alone=True)
-        for one in (ours, by_products)
+        for one in (ours, peer)
     ]
     elements = sum(columns * depth for columns, depth in chain.weights)
     work = Work(bytes=2 * elements, flops=2 * rows * elements)
     name = f"dense chain, M {rows}"
-    measure = functools.partial(_measure, bench.timing, name, programs)
-    return Case(name, work, _BAR, programs, measure)
+    measure = functools.partial(
+        _measure, bench.timing, name, f"{bar.peer_source}, {name}", programs
+    )
+    return Case(name, work, bar, programs, measure)
 
 
 def _layers(chain: _Chain) -> Callable[..., _State]:
     def function(
         old: _State, attended: Any, hidden: Any, norms: Any, layers: list[Weights]
     ) -> _State:
-        meetings, made, projected = old.meetings, [], []
+        del old
+        meetings, made, projected = no_meetings(), [], []
         for call in range(_CALLS):
             hidden, columns, meetings = chain(
                 attended, hidden, layers[call % _LAYERS], norms, meetings, _norm(call)
@@ -92,7 +109,7 @@ def _layers(chain: _Chain) -> Callable[..., _State]:
             made.append(hidden)
             projected.append(columns)
             attended = columns[:, : attended.shape[1]]
-        return _State(made, projected, meetings)
+        return _State(made, projected)
 
     return function
 
@@ -101,7 +118,7 @@ def _norm(call: int) -> int:
     return 2 * (call % _LAYERS)
 
 
-def _measure(timing: Timing, name: str, programs: list[Program]) -> Measurement:
+def _measure(timing: Timing, name: str, peer_name: str, programs: list[Program]) -> Measurement:
     operands = _operands(*programs[0].arguments)
     states = [program(hollow(program.state), *operands) for program in programs]
     for call in (0, _CALLS - 1):
@@ -110,13 +127,15 @@ def _measure(timing: Timing, name: str, programs: list[Program]) -> Measurement:
         exact: list[reference.Float64] = [
             reference.float64(one) for one in tuple[Any, ...](layers[call % _LAYERS])
         ]
-        for who, state in zip((name, f"product by product, {name}"), states, strict=True):
+        for who, state in zip((name, peer_name), states, strict=True):
             if call:
                 hidden = state.hidden[call - 1]
                 attended = state.projected[call - 1][:, : operands[0].shape[1]]
-            expected = _exact(attended, hidden, exact, norms, _norm(call))
-            for kind, made, wanted in zip(_State._fields, state, expected, strict=False):
-                reference.require_close(f"{who}, {kind} of call {call}", made[call], wanted)
+            some = reference.some_rows(hidden.shape[0])
+            expected = _exact(attended[some], hidden[some], exact, norms, _norm(call))
+            for kind, made, wanted in zip(_State._fields, state, expected, strict=True):
+                found = made[call][some]
+                reference.require_close(f"{who}, {kind} of call {call}", found, wanted)
         del exact
     samples = [
         timing.samples(program, state, *operands)[0]
@@ -153,11 +172,6 @@ def _exact(
     o, gate_up, down, qkv = weights
     rows = reference.float64(norms)[norm:]
     found = reference.float64(hidden) + reference.float64(attended) @ o.T
-    gate, up = np.split(_normed(found, rows[0]) @ gate_up.T, 2, axis=1)
+    gate, up = np.split(reference.rms_norm(found, rows[0], _EPS) @ gate_up.T, 2, axis=1)
     found = found + gate * up / (1 + np.exp(-gate)) @ down.T
-    return found, _normed(found, rows[1]) @ qkv.T
-
-
-def _normed(x: reference.Float64, weight: reference.Float64) -> reference.Float64:
-    scaled: reference.Float64 = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + _EPS) * weight
-    return scaled
+    return found, reference.rms_norm(found, rows[1], _EPS) @ qkv.T

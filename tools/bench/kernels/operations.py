@@ -24,6 +24,7 @@ class Operations:
     merge: Operation
     matmul: Operation
     silu_gated: Operation
+    add_rms_norm: Operation
     dense_chain: Operation
 
 
@@ -41,6 +42,7 @@ def lumen_operations() -> Operations:
         merge=_operation("attention_merge", "merge"),
         matmul=_operation("matmul", "matmul"),
         silu_gated=_operation("matmul", "silu_gated"),
+        add_rms_norm=_operation("add_norm", "add_rms_norm"),
         dense_chain=_operation("dense_chain", "dense_chain"),
     )
 

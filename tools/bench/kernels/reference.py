@@ -13,6 +13,13 @@ LIMIT = 1e-2
 """Of a vector's relative error. Rounding results and softmax weights to bfloat16 gives 2e-3 to
 4e-3; a wrong tile, mask or scale gives far more."""
 
+_CHECKED_ROWS = 64
+
+
+def some_rows(rows: int) -> slice:
+    """Of an array of `rows` that need not see each other: as many as NumPy has time for."""
+    return slice(None, None, -(-rows // _CHECKED_ROWS))
+
 
 def float64(array: Any) -> Float64:
     """From any device array."""
@@ -61,6 +68,12 @@ def attention(q: Float64, k: Float64, v: Float64, positions: Any, scale: float) 
     by_query = out.reshape(kv_heads, queries, group, head_dim).swapaxes(0, 1)
     result: Float64 = by_query.reshape(q.shape)
     return result
+
+
+def rms_norm(x: Float64, weight: Float64, eps: float) -> Float64:
+    """x [rows, n] scaled to unit mean square, times weight [n]."""
+    mean: Float64 = np.mean(x * x, axis=1, keepdims=True)
+    return x / np.sqrt(mean + eps) * weight
 
 
 def merge(outs: Float64, lses: Float64) -> Float64:

@@ -14,6 +14,7 @@ from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.target import Target
 
 from tools.bench.kernels import (
+    add_norm,
     block_copy,
     ceilings,
     decode,
@@ -41,6 +42,7 @@ ARENA_OPERATIONS: dict[str, Callable[[Bench, KvPool], list[Case]]] = {
 }
 OTHER_OPERATIONS: dict[str, Callable[[Bench], list[Case]]] = {
     "matmul": matmul.cases,
+    "add_norm": add_norm.cases,
     "dense_chain": dense_chain.cases,
     "merge": merge.cases,
 }

@@ -58,13 +58,17 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A decoder layer without its attention, and the numbers of rows it is run with."""
+    """A decoder layer without its attention, and the numbers of rows it is run with.
+
+    normed: numbers of rows that the residual sum and norm is measured with alone.
+    """
 
     hidden: int
     q_width: int
     inner: int
     qkv: int
     rows: tuple[int, ...]
+    normed: tuple[int, ...]
 
     @property
     def weights(self) -> tuple[tuple[int, int], ...]:
@@ -139,7 +143,9 @@ FULL = Sizes(
         Product("down", 4096, 14336, _ROWS),
         Product("lm_head", 128256, 4096, (1, 32, 128)),
     ),
-    chain=Chain(4096, 4096, 14336, 6144, (1, 8, 16, 32)),
+    chain=Chain(
+        4096, 4096, 14336, 6144, (1, 8, 16, 32, 64, 128, 256, 512, 4096), (64, 128, 256, 512, 4096)
+    ),
     merges=((2, 128), (2, 4096), (8, 1024)),
     ceiling_bytes=2 << 30,
     ceiling_n=8192,
@@ -172,7 +178,7 @@ SMOKE = Sizes(
     writes=(2, 32),
     rotations=(2, 32),
     matmuls=(Product("square", 256, 256, (2,)), Product("gated", 256, 256, (2,), gated=True)),
-    chain=Chain(128, 64, 192, 96, (2,)),
+    chain=Chain(128, 64, 192, 96, (2, 34), (2, 34)),
     merges=((3, 5),),
     ceiling_bytes=1 << 20,
     ceiling_n=128,

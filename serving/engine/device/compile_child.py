@@ -1,0 +1,66 @@
+"""A child process that compiles programs for devices it does not touch.
+
+python -m serving.engine.device.compile_child FD
+
+FD: its end of a socket to `compile_children`, from which it gets a recipe and then keys of
+programs, and where it answers each. It ends when the other end does, also in the middle of work.
+"""
+
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+
+from serving.engine.device.compile_recipe import Answer, Recipe
+from serving.engine.device.compiler_options import compiler_options
+from serving.engine.device.executables import packed_executable
+from serving.engine.device.program_source import Key
+from serving.engine.device.programs import ProgramBuilder
+
+
+def main(fd: int) -> None:
+    """Compile what is asked for, until the other end is gone. Raises RecipeError."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    gc.disable()  # as `compile_all` does
+    jax.config.update("jax_enable_compilation_cache", False)  # what comes from it cannot be saved
+    link = Connection(fd)
+    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(link, asked), daemon=True).start()
+    make = _maker(asked.get())
+    while True:
+        key = asked.get()
+        try:
+            answer: Answer = (make(key), "")
+        except Exception as error:  # told to the other end, which compiles it itself
+            answer = (None, f"{type(error).__name__}: {error}")
+        link.send(answer)
+
+
+def _listen(link: Connection, asked: "queue.SimpleQueue[Any]") -> None:
+    while True:
+        try:
+            asked.put(link.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
+    if recipe.topology is None:
+        jax.config.update("jax_num_cpu_devices", max(recipe.device_ids) + 1)
+    shapes = recipe.shapes()
+    options = compiler_options(shapes.mesh.devices.flat[0].platform)
+    lowerings = ProgramBuilder(shapes, recipe.target).lowerings(
+        recipe.decode_buckets, dict(recipe.chunk_buckets)
+    )
+    return lambda key: packed_executable(lowerings[key]().compile(compiler_options=options))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,15 @@
+"""What XLA is told when it compiles a replica's programs, wherever it does."""
+
+from typing import Any
+
+_GPU: dict[str, Any] = {
+    # Matrix products go to cuBLAS, by its own choice of algorithm. Trying algorithms out needs the
+    # device, takes time at every start and may end differently each time.
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_autotune_level": 0,
+}
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """For `jax.stages.Lowered.compile`. platform: as JAX names that of the devices."""
+    return _GPU if platform == "gpu" else {}

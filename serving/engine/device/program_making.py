@@ -1,0 +1,127 @@
+"""The programs of one replica: from its cache, from child processes, or compiled here."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from lumen_kernels.target import Target
+
+from serving.engine.device import compile_children
+from serving.engine.device.child_programs import ChildPrograms
+from serving.engine.device.compilation import compile_all, without_jax_cache
+from serving.engine.device.compile_children import CompileChildren
+from serving.engine.device.compile_recipe import recipe
+from serving.engine.device.compiler_options import compiler_options
+from serving.engine.device.config import DeviceExecutorConfig
+from serving.engine.device.program_arguments import ArgumentLister
+from serving.engine.device.program_cache import ProgramCache, open_program_cache
+from serving.engine.device.program_identity import replica_identity
+from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.program_source import Key, Source
+from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
+
+_EXECUTABLES = "executables"
+_SLOWEST = ("decode_unit", "prefill_unit", HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED)
+"""Kinds of programs that take long to make, the longest first."""
+
+_log = logging.getLogger(__name__)
+
+
+class ProgramMaking:
+    """Makes the programs of a replica of these shapes.
+
+    `begin` may be called well before `finish`, which else calls it: children then work meanwhile,
+    and this process only loads what they made. Call `close` in the end.
+    """
+
+    def __init__(self, shapes: ProgramShapes, config: DeviceExecutorConfig) -> None:
+        self.shapes = shapes
+        self._config = config
+        self._devices = list(shapes.mesh.devices.flat)
+        self._target = Target.of(self._devices)
+        self._cache: ProgramCache | None = None
+        self._children: ChildPrograms | None = None
+        self._begun = False
+        decode, chunks = config.decode_buckets, config.chunk_buckets
+        arguments = ArgumentLister(shapes).arguments(decode, chunks)
+        lowerings = ProgramBuilder(shapes).lowerings(decode, chunks)
+        self._sources = {
+            _name(key, chunks): Source(key, lowerings[key], arguments[key])
+            for key in sorted(lowerings, key=_slowest_first)
+        }
+
+    def begin(self) -> None:
+        """Have children compile what the cache lacks, if they pay.
+
+        Raises ConfigurationError if others may write to the cache.
+        """
+        if self._begun or self._config.cache_dir is None:
+            return
+        self._begun = True
+        with without_jax_cache():
+            cache = self._cache = open_program_cache(
+                self._config.cache_dir / _EXECUTABLES,
+                self.shapes.mesh,
+                replica_identity(self.shapes, self._target),
+            )
+        if cache is None:
+            return
+        wanted = {name: source for name, source in self._sources.items() if not cache.has(name)}
+        count = compile_children.children_for(self._devices, len(wanted))
+        if not count:
+            return
+        config = self._config
+        try:
+            what = recipe(self.shapes, self._target, config.decode_buckets, config.chunk_buckets)
+        except Exception as error:  # a backend says in its own way that it cannot be described
+            _log.warning("All programs are compiled in one process: %s", error)
+            return
+        self._children = ChildPrograms(CompileChildren(count, what), cache, wanted)
+
+    def finish(self, advance: Callable[[str, bool], None]) -> Programs:
+        """All programs. advance: told the name of each, and whether the cache had it.
+
+        Raises ConfigurationError as `begin` does.
+        """
+        self.begin()
+        with self._jax_cache_off():
+            compiled = compile_all(
+                self._sources,
+                self._config.compile_threads,
+                advance,
+                self._cache,
+                self._children,
+                compiler_options(self._target.platform),
+            )
+        tables: dict[str, dict[Any, Any]] = {}
+        for name, source in self._sources.items():
+            kind, *rest = source.key
+            place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
+            tables.setdefault(kind, {})[place] = compiled[name]
+        return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
+
+    def close(self) -> None:
+        """End the children."""
+        if self._children is not None:
+            self._children.close()
+
+    def _jax_cache_off(self) -> contextlib.AbstractContextManager[None]:
+        """The cache of executables is in place of JAX's; without it, JAX is as it is configured."""
+        return contextlib.nullcontext() if self._config.cache_dir is None else without_jax_cache()
+
+
+def program_count(config: DeviceExecutorConfig) -> int:
+    """How many programs a replica has."""
+    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + len(config.chunk_buckets) * 3
+
+
+def _name(key: Key, chunks: dict[int, int]) -> str:
+    name = " ".join(str(part.value if isinstance(part, HeadKind) else part) for part in key)
+    if key[0].startswith("prefill"):
+        name += f" of {chunks[key[1]]}"  # sequences: a program of its own in the cache
+    return name
+
+
+def _slowest_first(key: Key) -> int:
+    return next((place for place, kind in enumerate(_SLOWEST) if kind in key), len(_SLOWEST))

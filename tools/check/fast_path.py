@@ -1,0 +1,156 @@
+"""The engine's programs on a device against the same model in plain XLA, position by position.
+
+Both executors load the same weights, one after the other, so that each has the device to itself:
+the fast one with the settings and programs it serves with, the reference with few. Each is forced
+along the same random texts (`forced`). The reference takes all rows through every step at once. The
+fast one takes all prompts, and then for each batch size some steps of so many rows: with a batch
+of one, row 0 goes on from where the larger batches left it.
+
+How large errors of bfloat16 are that nobody can help is shown by the reference itself, run once
+more with another batch size.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import time
+import unittest.mock
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from lumen_kernels.target import Backend, Target
+
+from lumen.tensor_source import TensorSource
+from serving.engine.device import DeviceExecutorConfig, build_device_executor
+from serving.engine.executor import Executor
+from tools.bench.engine.engine import EngineSettings, executor_config
+from tools.check.comparison import Errors, errors, picked
+from tools.check.forced import ForcedRun, Logprobs, Texts, joined, random_texts
+
+ITSELF = "XLA by itself, decode of few rows against all"
+
+_FEW = 16
+"""Rows of the reference's other batch size, and sequences of its prefill calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """batches: decode batch sizes. steps: of each. shortest, longest: prompts, in tokens. chunk:
+    of a prompt in one call of the fast path at most."""
+
+    batches: tuple[int, ...]
+    steps: int
+    shortest: int
+    longest: int
+    chunk: int
+
+    @property
+    def more(self) -> int:
+        """Tokens behind the prompts that the longest row is given."""
+        return 1 + self.steps * len(self.batches)
+
+
+class _ReferenceConfig(DeviceExecutorConfig):
+    """Two batch sizes: nothing is waited for but what is needed."""
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Few rows and all."""
+        return tuple(sorted({min(_FEW, self.num_rows), self.num_rows}))
+
+
+def check(
+    source: TensorSource, settings: EngineSettings, plan: Plan, cache_dir: Path | None
+) -> dict[str, Errors]:
+    """Errors by what was computed: prefill, each decode batch, and `ITSELF`, the reference's."""
+    rows = max(plan.batches)
+    texts = random_texts(rows, plan.shortest, plan.longest, plan.more, source.config.vocab_size)
+    fast, places = _fast(source, settings, plan, texts, cache_dir)
+    gc.collect()  # an executor is part of cycles: the device is free only now
+    table, itself = _reference(source, settings, plan, texts, cache_dir)
+    found = {"prefill": errors(fast["prefill"], table[0])}
+    for name, steps in places.items():
+        reference = joined([picked(table, given) for given in steps])
+        found[name] = errors(fast[name], reference)
+    few = len(itself[0].chosen)
+    first = [Logprobs(one.chosen[:few], one.best_ids[:few], one.best[:few]) for one in table[2:]]
+    found[ITSELF] = errors(joined(itself), joined(first[: len(itself)]))
+    return found
+
+
+def _fast(
+    source: TensorSource,
+    settings: EngineSettings,
+    plan: Plan,
+    texts: Texts,
+    cache_dir: Path | None,
+) -> tuple[dict[str, Logprobs], dict[str, list[list[int]]]]:
+    """By name what was computed, and for each step of it how far each row was."""
+    run = ForcedRun(
+        _built(source, executor_config(settings, cache_dir), "fast path"), texts, plan.chunk
+    )
+    found = {"prefill": run.prefill()}
+    places: dict[str, list[list[int]]] = {}
+    for batch in sorted(plan.batches, reverse=True):
+        name = f"decode, batch {batch}"
+        places[name], parts = [], []
+        for _ in range(plan.steps):
+            places[name].append(run.given(batch).tolist())
+            parts.append(run.decode(batch))
+        found[name] = joined(parts)
+    return found, places
+
+
+def _reference(
+    source: TensorSource,
+    settings: EngineSettings,
+    plan: Plan,
+    texts: Texts,
+    cache_dir: Path | None,
+) -> tuple[list[Logprobs], list[Logprobs]]:
+    """After each token behind the prompts, of all rows; and steps 2 on of few rows, once more."""
+    size = settings.block_size
+    longest = plan.longest + plan.more + 1
+    needed = sum(-(-(length + plan.more + 1) // size) for length in texts.prompt_lengths)
+    config = _ReferenceConfig(
+        max_model_len=longest,
+        num_rows=texts.rows,
+        block_size=size,
+        num_blocks=max(needed, -(-longest // size)),
+        max_prefill_tokens=settings.prefill_buckets[-1],
+        max_prefills=min(_FEW, texts.rows),
+        prefill_buckets=settings.prefill_buckets[-1:],
+        dtype=settings.dtype,
+        compile_threads=settings.compile_threads,
+        cache_dir=cache_dir,
+    )
+    with _plain_xla():
+        executor = _built(source, config, "reference")
+    run = ForcedRun(executor, texts, settings.prefill_buckets[-1], seed=1)
+    table = [run.prefill()]
+    table += [run.decode(texts.rows) for _ in range(plan.more - 1)]
+    few = min(_FEW, texts.rows)
+    run.go_back(few)
+    itself = [run.decode(few) for _ in range(min(plan.steps, plan.more - 2))]
+    return table, itself
+
+
+def _built(source: TensorSource, config: DeviceExecutorConfig, name: str) -> Executor:
+    started = time.perf_counter()
+    executor = build_device_executor(source, jax.devices()[:1], config)
+    print(f"{name} ready after {time.perf_counter() - started:.1f} s", flush=True)
+    return executor
+
+
+@contextlib.contextmanager
+def _plain_xla() -> Iterator[None]:
+    """What is built meanwhile has no kernels of ours, on whatever device."""
+    of = Target.of
+
+    def without_kernels(devices: Sequence[jax.Device]) -> Target:
+        return dataclasses.replace(of(devices), backend=Backend.XLA)
+
+    with unittest.mock.patch.object(Target, "of", staticmethod(without_kernels)):
+        yield
