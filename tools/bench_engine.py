@@ -41,6 +41,7 @@ _MODEL = flags.DEFINE_string("model", "random:llama-3.1-8b", "What --model of lu
 _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
 _REPS = flags.DEFINE_integer("reps", 3, "Runs of each work: one sample each.")
 _STARTS = flags.DEFINE_integer("starts", 1, "Cold starts, and warm ones: one sample each.")
+_TENSOR = flags.DEFINE_integer("tensor_parallel", 1, "Devices of the replica.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Precision.")
 _ROWS = flags.DEFINE_integer("num_rows", 512, "Requests run side by side.")
 _BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
@@ -136,6 +137,7 @@ def _settings() -> EngineSettings:
         decode_steps=_DECODE_STEPS.value,
         pipeline_depth=_DEPTH.value,
         compile_threads=_THREADS.value,
+        tensor_parallel=_TENSOR.value,
     )
 
 

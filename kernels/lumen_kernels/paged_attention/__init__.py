@@ -17,7 +17,7 @@ from lumen_kernels.paged_attention import prefill as _prefill
 from lumen_kernels.paged_attention.options import Arena, Options, check_options, checked
 from lumen_kernels.target import Target
 
-__all__ = ["decode", "decode_schedule", "prefill"]
+__all__ = ["decode", "decode_schedule", "prefill", "prefill_schedule"]
 
 
 def decode(
@@ -84,12 +84,14 @@ def prefill(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     with_lse: bool = False,
+    schedule: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Arena]:
     """Consecutive new tokens of several sequences, each with a prefix in the arena; causal.
 
     q [tokens, query heads, head_dim]; k, v [tokens, kv heads, head_dim]: the rows' tokens one row
     behind the other, the rest is padding. tables int32 [rows, blocks]; starts int32 [rows]:
-    position of a row's first new token; counts int32 [rows]: new tokens of the row. Otherwise as
+    position of a row's first new token; counts int32 [rows]: new tokens of the row. schedule:
+    `prefill_schedule` of the same starts and counts, made once for all layers. Otherwise as
     `decode`.
     """
     per_row = {"starts": starts, "counts": counts}
@@ -97,7 +99,7 @@ def prefill(
     options = Options(heads, scale, sliding_window, soft_cap, with_lse, target)
     check_options("prefill", options)
     return _prefill.attend_and_write(
-        q, k, v, tuple(arena), shape, tables, starts, counts, layer_offset, options
+        q, k, v, tuple(arena), shape, tables, starts, counts, layer_offset, options, schedule
     )
 
 
@@ -121,3 +123,24 @@ def decode_schedule(
     shape = arena_shape("decode_schedule", arena, q.shape[-1])
     like = q if q.ndim == 4 else jax.ShapeDtypeStruct((q.shape[0], 1, *q.shape[1:]), q.dtype)
     return _decode.schedule(lengths, like, shape, kv_heads, sliding_window, target, batch_invariant)
+
+
+def prefill_schedule(
+    starts: jax.Array,
+    counts: jax.Array,
+    q: Any,
+    arena: Sequence[Any],
+    *,
+    kv_heads: int,
+    target: Target,
+    sliding_window: int | None = None,
+) -> jax.Array | None:
+    """How the work of a prefill call is cut over the chip: the same for all layers of a step.
+
+    starts, counts int32 [rows], as `prefill` takes them; q, arena: arrays or shape structs like
+    those of the `prefill` calls that it is for. None where the backend needs no such thing, or
+    makes it for each layer. Raises KernelArgumentError.
+    """
+    shape = arena_shape("prefill_schedule", arena, q.shape[-1])
+    options = Options(kv_heads, 1.0, sliding_window, None, False, target)
+    return _prefill.schedule(starts, counts, q, shape, options)

@@ -73,10 +73,9 @@ class DeviceExecutor:
         self._limits = limits
         self._arena = arena
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
-        heads = model.heads.kv_per_device
-        unit_slots = model.config.unit_layers * heads
         self._offsets = [
-            self._put(np.array(unit * unit_slots, np.int32)) for unit in range(len(model.units))
+            tuple(self._put(offset) for offset in _layer_offsets(model, unit))
+            for unit in range(len(model.units))
         ]
         self._rows = RowState(limits.num_rows, limits.max_blocks_per_row)
         self._last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
@@ -204,9 +203,9 @@ class DeviceExecutor:
             self._model.embedding, self._last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
-        for weights, offset in zip(self._model.units, self._offsets, strict=True):
+        for weights, offsets in zip(self._model.units, self._offsets, strict=True):
             hidden, self._arena = unit(
-                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offset
+                weights, hidden, self._arena, batch.tables, batch.lengths, step, schedule, offsets
             )
         return hidden
 
@@ -240,10 +239,12 @@ class DeviceExecutor:
         """A call on the device, and the hidden states of its tokens."""
         programs, tokens = self._programs, call.size.tokens
         packed = self._put(self._rows.pack_call(call))
-        hidden, step = programs.prefill_embed[tokens](self._model.embedding, packed)
+        hidden, step, schedule = programs.prefill_embed[tokens](self._model.embedding, packed)
         unit = programs.prefill_unit[tokens]
-        for weights, offset in zip(self._model.units, self._offsets, strict=True):
-            hidden, self._arena = unit(weights, hidden, self._arena, packed, step, offset)
+        for weights, offsets in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(
+                weights, hidden, self._arena, packed, step, schedule, offsets
+            )
         return packed, hidden
 
     def _sample(
@@ -335,6 +336,13 @@ class DeviceExecutor:
         """Copy to every device of the mesh. The array must not be written afterwards."""
         placed: jax.Array = jax.device_put(array, self._everywhere)
         return placed
+
+
+def _layer_offsets(model: LoadedModel, unit: int) -> list[Int32]:
+    """Slots of a block before those of each layer of a unit, int32 scalars."""
+    heads, layers = model.heads.kv_per_device, model.config.unit_layers
+    first = unit * layers
+    return [np.array(layer * heads, np.int32) for layer in range(first, first + layers)]
 
 
 def _tokens(part: _Sampled) -> Int32:

@@ -29,5 +29,5 @@ class ArgumentLister(ProgramBuilder):
     def _zero_arena(self) -> Any:
         return ()
 
-    def _schedule_shape(self, rows: int) -> Any:
+    def _schedule_shape(self, make: Callable[..., Any], *arguments: Any) -> Any:
         return UNTOLD  # only tracing tells

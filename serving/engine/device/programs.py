@@ -28,7 +28,7 @@ from serving.engine.device.program_shapes import (
     WHOLE,
     ProgramShapes,
 )
-from serving.engine.device.step_attention import Schedule, Step, StepAttention
+from serving.engine.device.step_attention import Offsets, Schedule, Step, StepAttention
 
 
 class HeadKind(enum.Enum):
@@ -47,9 +47,9 @@ class Programs:
 
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
         -> hidden [b, hidden size], step, schedule
-    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offset) -> hidden, arena
-    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step
-    prefill_unit[c](unit, hidden, arena, call, step, offset) -> hidden, arena
+    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offsets) -> hidden, arena
+    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule
+    prefill_unit[c](unit, hidden, arena, call, step, schedule, offsets) -> hidden, arena
     prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
@@ -57,8 +57,9 @@ class Programs:
 
     step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
     of this step is cut over the chip, the same for all layers; a tuple, empty where the backend
-    needs none. rows: num_rows marks a padding row. lengths: tokens including the one being run, 0
-    for padding.
+    needs none. offsets: of each of the unit's layers, slots of a block before those of the layer;
+    a tuple of scalars, as a GPU would launch a kernel to add to one. rows: num_rows marks a padding
+    row. lengths: tokens including the one being run, 0 for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
@@ -140,7 +141,7 @@ class ProgramBuilder:
             tokens = last_tokens.at[rows].get(mode="fill", fill_value=0)
             hidden: jax.Array = embedding.merge(weights)(tokens, self._axis)
             step = self._attention.decode_step(tables, lengths)
-            return hidden, step, self._attention.schedule(lengths)
+            return hidden, step, self._attention.decode_schedule(lengths)
 
         return self._lower(
             decode_embed,
@@ -166,9 +167,9 @@ class ProgramBuilder:
             lengths: jax.Array,
             step: Step,
             schedule: Schedule,
-            offset: jax.Array,
+            offsets: Offsets,
         ) -> tuple[jax.Array, Arena]:
-            attend = self._attention.decode_attend(step, schedule, tables, lengths, offset)
+            attend = self._attention.decode_attend(step, schedule, tables, lengths, offsets)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, arena, attend, self._target, self._axis
             )
@@ -179,7 +180,9 @@ class ProgramBuilder:
             (
                 shapes.weights(unit), shapes.hidden(rows), shapes.arena(),
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
-                self._attention.step_shape(rows), self._schedule_shape(rows), shapes.int32(),
+                self._attention.step_shape(rows),
+                self._schedule_shape(self._attention.decode_schedule, shapes.int32(rows)),
+                self._attention.offsets_shape(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -197,7 +200,7 @@ class ProgramBuilder:
         return self._lower(
             prefill_embed,
             (shapes.weights(embedding), shapes.prefill_call(tokens, sequences)),
-            (WHOLE, WHOLE),
+            (WHOLE, WHOLE, WHOLE),
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
@@ -210,10 +213,11 @@ class ProgramBuilder:
             arena: Arena,
             call: jax.Array,
             step: Step,
-            offset: jax.Array,
+            schedule: Schedule,
+            offsets: Offsets,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(step, tables, starts, counts, offset)
+            attend = self._attention.prefill_attend(step, schedule, tables, starts, counts, offsets)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
                 hidden, arena, attend, self._target, self._axis
             )
@@ -224,7 +228,11 @@ class ProgramBuilder:
             (
                 shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
                 shapes.prefill_call(tokens, sequences), self._attention.step_shape(tokens),
-                shapes.int32(),
+                self._schedule_shape(
+                    partial(self._attention.prefill_schedule, tokens=tokens),
+                    shapes.int32(sequences), shapes.int32(sequences),
+                ),
+                self._attention.offsets_shape(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -289,9 +297,10 @@ class ProgramBuilder:
             (WHOLE,) * outputs,
         )  # fmt: skip
 
-    def _schedule_shape(self, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        made = jax.eval_shape(self._attention.schedule, self._shapes.int32(rows))
-        return tuple(self._shapes.int32(*one.shape) for one in made)
+    def _schedule_shape(
+        self, make: Callable[..., Schedule], *arguments: jax.ShapeDtypeStruct
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(self._shapes.int32(*one.shape) for one in jax.eval_shape(make, *arguments))
 
     def _unpacked(self, call: jax.Array, tokens: int, sequences: int) -> tuple[jax.Array, ...]:
         """Tables [s, t], starts, counts and rows [s] of a packed prefill call."""

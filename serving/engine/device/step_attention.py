@@ -34,7 +34,10 @@ class Step(NamedTuple):
 
 
 Schedule = tuple[jax.Array, ...]
-"""What `paged_attention.decode_schedule` makes, or nothing."""
+"""What `paged_attention.decode_schedule` or `prefill_schedule` makes, or nothing."""
+
+Offsets = tuple[jax.Array, ...]
+"""Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
 
 _Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
 
@@ -59,6 +62,10 @@ class StepAttention:
         places: Any = (shapes.int32(2, tokens),) if self._stores_first else ()
         return Step(cosines_sines, places)
 
+    def offsets_shape(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of the layer offsets of a unit."""
+        return (self._shapes.int32(),) * self._shapes.config.unit_layers
+
     def decode_step(self, tables: jax.Array, lengths: jax.Array) -> Step:
         """tables int32 [rows, t], lengths int32 [rows]: with the new token, 0 for padding."""
         rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
@@ -77,16 +84,23 @@ class StepAttention:
             return Step(table, ())
         return Step(table, (write_places(tables, rows, positions, block_size),))
 
-    def schedule(self, lengths: jax.Array) -> Schedule:
+    def decode_schedule(self, lengths: jax.Array) -> Schedule:
         """How attention of a decode step is cut over the chip; empty where that needs nothing."""
-        config = self._shapes.config
-        q = (lengths.shape[0], self._heads.q_per_device, config.head_dim)
         made = paged_attention.decode_schedule(
-            lengths, jax.ShapeDtypeStruct(q, self._shapes.dtype), self._shapes.arena(),
-            kv_heads=self._heads.kv_per_device, target=self._target,
-            sliding_window=config.sliding_window,
-        )  # fmt: skip
+            lengths, self._queries(lengths.shape[0]), self._shapes.arena(), **self._cut()
+        )
         return () if made is None else (made,)
+
+    def prefill_schedule(self, starts: jax.Array, counts: jax.Array, tokens: int) -> Schedule:
+        """The same of a prefill call of so many tokens."""
+        made = paged_attention.prefill_schedule(
+            starts, counts, self._queries(tokens), self._shapes.arena(), **self._cut()
+        )
+        return () if made is None else (made,)
+
+    def _queries(self, tokens: int) -> jax.ShapeDtypeStruct:
+        shape = (tokens, self._heads.q_per_device, self._shapes.config.head_dim)
+        return jax.ShapeDtypeStruct(shape, self._shapes.dtype)
 
     def decode_attend(
         self,
@@ -94,9 +108,9 @@ class StepAttention:
         schedule: Schedule,
         tables: jax.Array,
         lengths: jax.Array,
-        unit_offset: jax.Array,
+        offsets: Offsets,
     ) -> Attend:
-        """Attention of a unit's layers in a decode step; unit_offset: slots before the unit's."""
+        """Attention of a unit's layers in a decode step."""
 
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
             return paged_attention.decode(
@@ -104,32 +118,34 @@ class StepAttention:
                 schedule=next(iter(schedule), None), **self._options(),
             )  # fmt: skip
 
-        return self._attend(step, unit_offset, read)
+        return self._attend(step, offsets, read)
 
     def prefill_attend(
         self,
         step: Step,
+        schedule: Schedule,
         tables: jax.Array,
         starts: jax.Array,
         counts: jax.Array,
-        unit_offset: jax.Array,
+        offsets: Offsets,
     ) -> Attend:
         """Attention of a unit's layers in a prefill call."""
 
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
             return paged_attention.prefill(
-                q, k, v, arena, tables, starts, counts, offset, **self._options()
-            )
+                q, k, v, arena, tables, starts, counts, offset,
+                schedule=next(iter(schedule), None), **self._options(),
+            )  # fmt: skip
 
-        return self._attend(step, unit_offset, read)
+        return self._attend(step, offsets, read)
 
-    def _attend(self, step: Step, unit_offset: jax.Array, read: _Read) -> Attend:
+    def _attend(self, step: Step, offsets: Offsets, read: _Read) -> Attend:
         kv_heads, eps = self._heads.kv_per_device, self._shapes.config.rms_norm_eps
 
         def attend(
             layer_in_unit: int, projections: Projections, arena: Arena
         ) -> tuple[jax.Array, Arena]:
-            offset = unit_offset + layer_in_unit * kv_heads
+            offset = offsets[layer_in_unit]
             k: jax.Array | None = None
             v: jax.Array | None = None
             if step.places:
@@ -147,10 +163,11 @@ class StepAttention:
         return attend
 
     def _options(self) -> dict[str, Any]:
-        config = self._shapes.config
+        return {"scale": self._shapes.config.head_dim**-0.5, **self._cut()}
+
+    def _cut(self) -> dict[str, Any]:
         return {
             "target": self._target,
-            "scale": config.head_dim**-0.5,
             "kv_heads": self._heads.kv_per_device,
-            "sliding_window": config.sliding_window,
+            "sliding_window": self._shapes.config.sliding_window,
         }

@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from lumen_kernels.arena import arena_shape
 from lumen_kernels.errors import KernelArgumentError
+from lumen_kernels.paged_attention import prefill, prefill_schedule
 from lumen_kernels.paged_attention.options import Options
 from lumen_kernels.paged_attention.prefill import mosaic_gpu
 from lumen_kernels.paged_attention.prefill import mosaic_gpu_schedule as schedule
@@ -273,9 +274,41 @@ def test_what_goes_to_xla() -> None:
     assert not supported(target=CPU)
 
 
-def test_a_bad_argument_is_named() -> None:
-    from lumen_kernels.paged_attention import prefill
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_a_schedule_made_beforehand_changes_nothing_and_is_followed(with_lse: bool) -> None:
+    stream = Stream.of([0, 37], [5, 70], 80, 2)
+    case, target = stream.case, interpreter()
+    q = jnp.asarray(stream.q, jnp.bfloat16)
+    arena = tuple(jnp.asarray(part) for part in case.arena)
+    starts, counts = jnp.array(stream.prefixes, jnp.int32), jnp.array(stream.counts, jnp.int32)
+    made = prefill_schedule(starts, counts, q, arena, kv_heads=case.kv_heads, target=target)
+    assert made is not None
 
+    def run(schedule):
+        return prefill(
+            q, None, None, arena, case.tables, starts, counts, case.layer_offset,
+            target=target, scale=0.1, kv_heads=case.kv_heads, with_lse=with_lse,
+            schedule=schedule,
+        )[:2]  # fmt: skip
+
+    for given, own in zip(jax.tree.leaves(run(made)), jax.tree.leaves(run(None)), strict=True):
+        np.testing.assert_array_equal(np.asarray(given), np.asarray(own))
+    # One tile less to do: what it would have made is missing.
+    fewer = made.at[:, schedule.COUNT].add(-1)
+    assert not np.array_equal(np.asarray(run(fewer)[0]), np.asarray(run(None)[0]))
+    with pytest.raises(KernelArgumentError, match="as `prefill_schedule` makes it") as error:
+        run(made[:-1])
+    assert error.value.argument == "schedule"
+
+
+def test_no_schedule_where_no_kernel_is() -> None:
+    arena = (jax.ShapeDtypeStruct((8, 2, 64, 128), jnp.bfloat16),)
+    q = jax.ShapeDtypeStruct((64, 4, 128), jnp.bfloat16)
+    rows = jnp.zeros(2, jnp.int32)
+    assert prefill_schedule(rows, rows, q, arena, kv_heads=2, target=CPU) is None
+
+
+def test_a_bad_argument_is_named() -> None:
     q = jnp.zeros((64, 3, 128), jnp.bfloat16)
     arena = (jnp.zeros((8, 2, 64, 128), jnp.bfloat16),)
     rows = (jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))

@@ -101,7 +101,8 @@ def no_tracing(monkeypatch):
 
     monkeypatch.setattr(ProgramBuilder, "_lower", refuse)
     monkeypatch.setattr(ProgramBuilder, "_zero_arena", refuse)
-    monkeypatch.setattr(StepAttention, "schedule", refuse)
+    monkeypatch.setattr(StepAttention, "decode_schedule", refuse)
+    monkeypatch.setattr(StepAttention, "prefill_schedule", refuse)
 
 
 def test_a_second_start_traces_nothing_and_generates_the_same(

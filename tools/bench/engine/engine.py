@@ -17,6 +17,7 @@ from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.executor import Executor
 from serving.engine.loop import LoopPorts, ReplicaThread
 from serving.engine.request import EngineRequest, RequestOutput, SamplingParams
+from serving.errors import ConfigurationError
 from serving.policy.snapshot import ReplicaLoad
 from tools.bench.engine.receipts import EngineError, Receipt, Receipts
 from tools.bench.engine.step_clock import StepClock, StepTime
@@ -67,7 +68,7 @@ class EngineSettings:
 
     Names are those of `DeviceExecutorConfig` and `EngineConfig`. num_blocks: None: what
     memory_fraction of the device's memory leaves. step_tokens: None: every row and a whole
-    prefill call.
+    prefill call. tensor_parallel: devices of the replica, JAX's first ones.
     """
 
     model: str
@@ -83,6 +84,7 @@ class EngineSettings:
     decode_steps: int
     pipeline_depth: int
     compile_threads: int
+    tensor_parallel: int = 1
 
 
 def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
@@ -127,7 +129,12 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
 
     source = resolve_model(settings.model).source
     config = executor_config(settings, cache_dir)
-    executor = build_device_executor(source, jax.devices()[:1], config, progress)
+    devices = jax.devices()[: settings.tensor_parallel]
+    if len(devices) < settings.tensor_parallel:
+        raise ConfigurationError(
+            f"--tensor_parallel={settings.tensor_parallel}, but JAX sees {len(devices)} devices."
+        )
+    executor = build_device_executor(source, devices, config, progress)
     limits = executor.limits
     return Built(
         executor,

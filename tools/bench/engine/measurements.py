@@ -25,7 +25,8 @@ class Bench:
     """What all works are measured with.
 
     barred: the bars apply: full sizes, on the model and dtype they are of. profile_dir: where
-    profiles are kept; None: nowhere. trace: for `itl`; None: none was given.
+    profiles are kept; None: nowhere. trace: for `itl`; None: none was given. byte_floor_ms: of a
+    step, by batch and context, where memory's speed is known.
     """
 
     engine: Engine
@@ -34,6 +35,7 @@ class Bench:
     barred: bool
     profile_dir: Path | None = None
     trace: TraceOptions | None = None
+    byte_floor_ms: Callable[[int, int], float | None] = lambda batch, context: None
 
     def bar(self, bar: Bar) -> Bar:
         """The bar, if it applies."""
@@ -76,11 +78,13 @@ def decode(bench: Bench) -> Iterator[Row]:
             for _ in range(bench.reps)
         ]
         extra = sizes.long - sizes.short
+        floor = bench.byte_floor_ms(batch, sizes.context + (sizes.long + sizes.short) // 2)
         found = [steady_step(one.steps, batch) for one, _ in runs]
         steady = [one for one in found if one is not None]
         yield measured(
             name, "ms", [1e3 * (one.seconds - other.seconds) / extra for one, other in runs],
-            bench.bar(bars.decode(batch)), _steady_note(steady),
+            bench.bar(bars.decode(batch)), _decode_note(steady, floor),
+            byte_floor_ms=floor and round(floor, 4),
             long_s=[round(one.seconds, 4) for one, _ in runs],
             short_s=[round(other.seconds, 4) for _, other in runs],
             steady_ms=[round(one.step, 4) for one in steady],
@@ -95,10 +99,14 @@ def decode(bench: Bench) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _steady_note(steady: list[SteadyStep]) -> str:
-    if not steady:
-        return ""
-    return f"whole batch decoding, nothing else: {min(one.step for one in steady):.4g} ms"
+def _decode_note(steady: list[SteadyStep], floor: float | None) -> str:
+    notes = []
+    if steady:
+        alone = min(one.step for one in steady)
+        notes.append(f"whole batch decoding, nothing else: {alone:.4g} ms")
+    if floor is not None:
+        notes.append(f"weights and KV at 4.25 TB/s: {floor:.4g} ms")
+    return "; ".join(notes)
 
 
 def prefill(bench: Bench) -> Iterator[Row]:

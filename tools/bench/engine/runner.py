@@ -4,15 +4,16 @@ import contextlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from lumen.model_spec import resolve_model
-from tools.bench.engine import bars
+from tools.bench.engine import bars, byte_floor
 from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
 from tools.bench.engine.gateway import beside_in_process, gateway_engine
 from tools.bench.engine.measurements import WORKS, Bench, warm_up
@@ -94,6 +95,7 @@ def run(options: Options) -> Outcome:
         not options.smoke
         and options.settings.model == bars.MODEL
         and options.settings.dtype == "bfloat16"
+        and options.settings.tensor_parallel == 1
     )
     try:
         with _own_compile_cache(), tempfile.TemporaryDirectory() as scratch:
@@ -181,7 +183,10 @@ def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> Non
             assert isinstance(tokens, int)
             outcome.add(_capacity_row(tokens, barred))
         sizes = SMOKE if options.smoke else FULL
-        bench = Bench(engine, sizes, options.reps, barred, options.profile_dir, options.trace)
+        bench = Bench(
+            engine, sizes, options.reps, barred, options.profile_dir, options.trace,
+            _byte_floor(options.settings),
+        )  # fmt: skip
         warm_up(bench)
         for name in options.works:
             if name not in WORKS:
@@ -192,6 +197,19 @@ def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> Non
             except EngineError as error:  # the engine is gone: so is the rest
                 outcome.fail(f"({name})", error)
                 return
+
+
+def _byte_floor(settings: EngineSettings) -> Callable[[int, int], float | None]:
+    """Of a decode step in milliseconds, by batch and context; None but on the chip it is of."""
+    config = resolve_model(settings.model).source.config
+    known = byte_floor.CHIP in jax.devices()[0].device_kind
+    item_bytes = jnp.dtype(settings.dtype).itemsize
+    devices = settings.tensor_parallel
+
+    def floor(batch: int, context: int) -> float | None:
+        return byte_floor.decode_ms(config, item_bytes, batch, context, devices) if known else None
+
+    return floor
 
 
 @contextlib.contextmanager

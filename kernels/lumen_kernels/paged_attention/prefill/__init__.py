@@ -1,5 +1,7 @@
 """Prefill attention: consecutive new tokens of several sequences, causal, each over its prefix."""
 
+from typing import Any
+
 import jax
 
 from lumen_kernels.arena import ArenaShape
@@ -25,6 +27,7 @@ def attend_and_write(
     counts: jax.Array,
     layer_offset: jax.Array,
     options: Options,
+    schedule: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Arena]:
     """`lumen_kernels.paged_attention.prefill` with checked arguments."""
     if k is not None and v is not None:
@@ -34,10 +37,19 @@ def attend_and_write(
         )
     place = (arena, shape, tables, starts, counts, layer_offset, options)
     if mosaic_gpu.supports(q, shape, options):
-        return *_attend_on_gpu(q, *place), arena
+        return *_attend_on_gpu(q, *place, schedule=schedule), arena
     backend = options.target.backend
     if backend is Backend.MOSAIC_TPU and mosaic_tpu_blocks.supports(shape, q.dtype):
         return *mosaic_tpu.attend(q, *place), arena
     out, lse = xla.attend(q, *place)
     out, arena = in_order(out, arena)
     return out, lse if options.with_lse else None, arena
+
+
+def schedule(
+    starts: jax.Array, counts: jax.Array, q: Any, shape: ArenaShape, options: Options
+) -> jax.Array | None:
+    """`lumen_kernels.paged_attention.prefill_schedule`; q: [tokens, heads, head_dim]."""
+    if mosaic_gpu.supports(q, shape, options):
+        return mosaic_gpu.schedule(starts, counts, q, shape, options)
+    return None

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lumen_kernels.arena import ArenaShape
+from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.paged_attention.options import Arena, Options
 from lumen_kernels.paged_attention.prefill import mosaic_gpu_schedule as work
 from lumen_kernels.paged_attention.prefill.mosaic_gpu_compute import compute
@@ -31,7 +32,7 @@ from lumen_kernels.paged_attention.prefill.mosaic_gpu_load import load
 from lumen_kernels.target import Backend
 
 
-def supports(q: jax.Array, shape: ArenaShape, options: Options) -> bool:
+def supports(q: Any, shape: ArenaShape, options: Options) -> bool:
     """Whether the kernel covers this call; plain XLA does the rest."""
     return (
         options.target.backend is Backend.MOSAIC_GPU
@@ -40,6 +41,33 @@ def supports(q: jax.Array, shape: ArenaShape, options: Options) -> bool:
         and shape.packed == (shape.head_dim == 64)
         and shape.block_size in (16, 32, 64, 128)
     )
+
+
+def schedule(
+    starts: jax.Array,
+    counts: jax.Array,
+    q: Any,
+    shape: ArenaShape,
+    options: Options,
+    tuning: Tuning | None = None,
+) -> jax.Array:
+    """The kernel's work for these rows: make it once and give it to `attend` for all layers.
+
+    q: an array like that of `attend`, or its shape. Returns int32 [tiles, COLUMNS].
+    """
+    tokens, heads, head_dim = q.shape
+    tuning = tuning or TUNINGS[head_dim]
+    return _listed(starts, counts, tokens, Plan.of(heads, shape, options, tuning)).tiles
+
+
+def _listed(starts: jax.Array, counts: jax.Array, tokens: int, plan: Plan) -> work.WorkList:
+    window = plan.options.sliding_window
+    padded = _padded(tokens, plan)
+    return work.work_list(starts, counts, padded, plan.tile_tokens, plan.tuning.key_tile, window)
+
+
+def _padded(tokens: int, plan: Plan) -> int:
+    return max(-(-tokens // work.ALIGN) * work.ALIGN, plan.tile_tokens)
 
 
 def attend(
@@ -52,26 +80,34 @@ def attend(
     layer_offset: jax.Array,
     options: Options,
     tuning: Tuning | None = None,
+    schedule: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Output, shaped as q [tokens, heads, head_dim], and log-sum-exp [tokens, heads] or None.
 
-    Arguments are checked and `supports` holds. K and V of all tokens are in the arena.
+    Arguments are checked and `supports` holds. K and V of all tokens are in the arena. Raises
+    KernelArgumentError for a schedule of another shape.
     """
     tokens, heads, head_dim = q.shape
     tuning = tuning or TUNINGS[head_dim]
     plan = Plan.of(heads, shape, options, tuning)
-    padded = max(-(-tokens // work.ALIGN) * work.ALIGN, plan.tile_tokens)
+    padded = _padded(tokens, plan)
     if padded != tokens:
         q = jnp.pad(q, ((0, padded - tokens), (0, 0), (0, 0)))
-    listed = work.work_list(
-        starts, counts, padded, plan.tile_tokens, tuning.key_tile, options.sliding_window
-    )
+    listed = _listed(starts, counts, tokens, plan)
+    tiles = listed.tiles if schedule is None else schedule
+    if tiles.shape != listed.tiles.shape or tiles.dtype != listed.tiles.dtype:
+        raise KernelArgumentError(
+            "prefill",
+            "schedule",
+            f"is {tiles.dtype}{list(tiles.shape)}; for these tokens and rows it is "
+            f"int32{list(listed.tiles.shape)}, as `prefill_schedule` makes it.",
+        )
     halves = 1 if shape.packed else 2
     lanes = head_dim * 2 if shape.packed else head_dim
     pages = [segment.reshape(-1, shape.block_size, lanes) for segment in arena]
     out_type = [jax.ShapeDtypeStruct((padded, heads, head_dim), q.dtype)]
     if options.with_lse:
-        tile_lse = (listed.tiles.shape[0], heads, plan.tile_tokens)
+        tile_lse = (tiles.shape[0], heads, plan.tile_tokens)
         out_type.append(jax.ShapeDtypeStruct(tile_lse, jnp.float32))
     target = options.target
     results = plgpu.kernel(
@@ -85,7 +121,7 @@ def attend(
         kernel_name="paged_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
         interpret=plgpu.InterpretGPUParams() if target.interpret else None,
-    )(q, tables, layer_offset.reshape(1).astype(jnp.int32), listed.tiles, *pages)
+    )(q, tables, layer_offset.reshape(1).astype(jnp.int32), tiles, *pages)
     out = results[0][:tokens]
     if not options.with_lse:
         return out, None
