@@ -1,18 +1,18 @@
-"""A child process that compiles programs for devices it does not touch.
+"""Child processes that compile programs for devices they do not touch.
 
-python -m serving.engine.device.compile_child FD
+python -m serving.engine.device.compile_child FD...
 
-FD: its end of a socket to `compile_children`, from which it gets a recipe and then keys of
-programs, and where it answers each. It ends when the other end does, also in the middle of work.
+FD: one end each of a socket to `compile_children`. Once all is imported, this process forks one for
+each. From its socket each gets a recipe and then keys of programs, and there it answers each. It
+ends when the other end does, also in the middle of work.
 """
 
 import gc
 import os
 import queue
-import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,12 +25,19 @@ from serving.engine.device.program_source import Key
 from serving.engine.device.programs import ProgramBuilder
 
 
-def main(fd: int) -> None:
+def main(fds: Sequence[int]) -> None:
+    """Become a process for each of the sockets."""
+    mine = next((fd for fd in fds[1:] if os.fork() == 0), fds[0])
+    for fd in fds:
+        if fd != mine:
+            os.close(fd)
+    _serve(Connection(mine))
+
+
+def _serve(link: Connection) -> None:
     """Compile what is asked for, until the other end is gone. Raises RecipeError."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     gc.disable()  # as `compile_all` does
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it cannot be saved
-    link = Connection(fd)
     asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(link, asked), daemon=True).start()
     make = _maker(asked.get())
@@ -63,4 +70,4 @@ def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(fd) for fd in sys.argv[1:]])

@@ -12,11 +12,14 @@ import contextlib
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 
@@ -44,84 +47,102 @@ class CompileChildren:
         self._alive = count
         self._closing = False
         self._lock = threading.Lock()
-        self._idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
-        self._children = [_Child(recipe) for _ in range(count)]
-        for child in self._children:
-            self._idle.put(child)
+        ends = [Pipe() for _ in range(count)]
+        theirs = [end.fileno() for _, end in ends]
+        # A group of its own: the first is started here, and forks the others.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", _MODULE, *map(str, theirs)],
+            stdin=subprocess.DEVNULL, stdout=2, pass_fds=theirs, env=_environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        self._links = [_Link(ours) for ours, _ in ends]
+        self._idle: queue.SimpleQueue[_Link | None] = queue.SimpleQueue()
+        for link, (_, end) in zip(self._links, ends, strict=True):
+            end.close()
+            link.tell(recipe)
+            self._idle.put(link)
 
     def compile(self, key: Key) -> bytes | None:
         """What `packed_executable` makes of a program; None if the children cannot compile it.
 
         Waits for an idle child.
         """
-        child = self._idle.get()
-        if child is None:  # there are none left, and others wait to hear it too
+        link = self._idle.get()
+        if link is None:  # there are no children left, and others wait to hear it too
             self._idle.put(None)
             return None
         try:
-            answer, why = child.ask(key, self._answer_s)
+            answer, why = link.ask(key, self._answer_s)
         except (EOFError, OSError, TimeoutError) as error:
-            self._lose(child, error)
+            self._lose(link, error)
             return None
-        self._idle.put(child)
+        self._idle.put(link)
         if answer is None:
             _log.warning("A child process could not compile %s: %s", key, why)
         return answer
 
     def close(self) -> None:
-        """End the processes. Whoever waits for one of them gets None."""
-        self._closing = True
-        for child in self._children:
-            child.end()
+        """End the processes, which have nothing to lose. Whoever waits for one gets None."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for link in self._links:
+            link.close()
 
-    def _lose(self, child: "_Child", error: Exception) -> None:
-        child.end()
-        if not self._closing:
-            _log.warning(
-                "A process that compiles is gone (%s: %s); its program is compiled here.",
-                type(error).__name__, error,
-            )  # fmt: skip
+    def _lose(self, link: "_Link", error: Exception) -> None:
+        link.close()  # it ends by itself when it finds out, or else with all others
         with self._lock:
             self._alive -= 1
             if not self._alive:
                 self._idle.put(None)
+            if not self._closing:
+                _log.warning(
+                    "A process that compiles is gone (%s: %s); its program is compiled here.",
+                    type(error).__name__, error,
+                )  # fmt: skip
 
 
-class _Child:
-    def __init__(self, recipe: Recipe) -> None:
-        self._asking = threading.Lock()
-        self._link, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stdout=2, pass_fds=(theirs.fileno(),),
-                env=_environment(),
-            )  # fmt: skip
-        with contextlib.suppress(OSError):  # if it is gone, the first to ask will hear it
-            self._link.send(recipe)
+class _Link:
+    """This end of what connects to one child."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self._connection = connection
+        self._in_use = threading.Lock()
+
+    def tell(self, recipe: Recipe) -> None:
+        """If the child is gone already, the first to ask will hear it."""
+        with contextlib.suppress(OSError):
+            self._connection.send(recipe)
 
     def ask(self, key: Key, wait_s: float) -> Answer:
         """Raises EOFError or OSError if the child is gone, TimeoutError if it does not answer."""
-        with self._asking:
-            self._link.send(key)
-            if not self._link.poll(wait_s):
+        with self._in_use:
+            self._connection.send(key)
+            if not self._connection.poll(wait_s):
                 raise TimeoutError(f"no answer in {wait_s:.0f} s")
-            answer: Answer = self._link.recv()
+            answer: Answer = self._connection.recv()
             return answer
 
-    def end(self) -> None:
-        """It has nothing to lose. Whoever waits for its answer hears that it is gone."""
-        self._process.kill()
-        self._process.wait()
-        with self._asking:  # nobody reads from a number that is another file's by now
-            self._link.close()
+    def close(self) -> None:
+        """Once nobody reads from it: its number may soon be another file's."""
+        with self._in_use:
+            self._connection.close()
 
 
 def _environment() -> dict[str, str]:
     """As here, but with no device in sight and everything found that can be imported here."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    # Whoever forks had better have one thread.
+    alone = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # What goes wrong comes back as an exception. Without the device, XLA's own log says of every
+    # unit that its arena cannot fit four fifths of the memory.
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, **hidden, "PYTHONPATH": path}
+    return {**os.environ, **hidden, **alone, **quiet, "PYTHONPATH": path}
 
 
 def children_for(devices: Sequence[jax.Device], programs: int) -> int:

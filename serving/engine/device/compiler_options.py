@@ -7,6 +7,9 @@ _GPU: dict[str, Any] = {
     # device, takes time at every start and may end differently each time.
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_autotune_level": 0,
+    # The arena is most of the memory and counted once for each operation that updates it in place:
+    # XLA would compute things twice to make room that is not needed.
+    "xla_disable_hlo_passes": "rematerialization",
 }
 
 

@@ -23,7 +23,7 @@ from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
 _SLOWEST = ("decode_unit", "prefill_unit", HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED)
-"""Kinds of programs that take long to make, the longest first."""
+"""Kinds of programs that take long to make, the longest first. Of units, those of few rows do."""
 
 _log = logging.getLogger(__name__)
 
@@ -123,5 +123,6 @@ def _name(key: Key, chunks: dict[int, int]) -> str:
     return name
 
 
-def _slowest_first(key: Key) -> int:
-    return next((place for place, kind in enumerate(_SLOWEST) if kind in key), len(_SLOWEST))
+def _slowest_first(key: Key) -> tuple[int, int]:
+    kind = next((place for place, kind in enumerate(_SLOWEST) if kind in key), len(_SLOWEST))
+    return kind, key[1] if len(key) > 1 else 0

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,27 @@ def test_float32_is_multiplied_as_float32(target):
     assert relative_error(matmul(x, w, target=target), exact(x, w)) < 1e-6
     text = jax.jit(lambda x, w: matmul(x, w, target=target)).lower(x, w).as_text()
     assert "HIGHEST" in text
+
+
+@pytest.mark.parametrize(
+    ("m", "out_dtype", "target", "rows"),
+    [
+        (1, jnp.float32, HOPPER, 8),
+        (2, jnp.float32, HOPPER, 2),
+        (1, jnp.bfloat16, HOPPER, 1),
+        (1, jnp.float32, TPU, 1),
+    ],
+)
+def test_a_gpu_multiplies_one_row_as_eight_where_sums_stay_wide(m, out_dtype, target, rows):
+    x, w = operands(m, 1 << 17, 16)  # as long as an lm head: XLA's on every target
+
+    def product(x, w):
+        return matmul(x, w, target=target, out_dtype=out_dtype)
+
+    out = jax.jit(product)(x, w)
+    assert out.shape == (m, 1 << 17)
+    assert relative_error(out, exact(x, w)) < (1e-5 if out_dtype == jnp.float32 else 3e-3)
+    assert re.search(rf"dot_general.*\(tensor<{rows}x16x", jax.jit(product).lower(x, w).as_text())
 
 
 @pytest.mark.parametrize(("m", "turned"), [(1, False), (2, True), (64, True), (65, False)])

@@ -1,5 +1,6 @@
 """Programs that children compile: CPUs here stand for the GPUs that they are meant for."""
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,14 @@ from serving.engine.device import (
 )
 from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.build import LOADED
+from serving.engine.device.compilation import compile_all
 from serving.engine.device.compile_children import CompileChildren, children_for
 from serving.engine.device.compile_recipe import RecipeError, recipe
+from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.executables import loaded_executable
 from serving.engine.device.memory import DeviceMemory
 from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.program_source import Source
 from serving.engine.device.programs import HeadKind, ProgramBuilder
 
 KEY = ("prefill_last", 16)
@@ -64,8 +69,9 @@ def made(request, what):
     return make
 
 
-def processes(children: CompileChildren) -> list[subprocess.Popen[bytes]]:
-    return [child._process for child in children._children]
+def kill(children: CompileChildren) -> None:
+    """All of them, as someone else would."""
+    os.killpg(children._process.pid, signal.SIGKILL)
 
 
 def start(weights, folder, monkeypatch, *, count=2, devices=None):
@@ -102,7 +108,7 @@ def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch
     def no_more(*what):
         raise AssertionError("children were started, and all there is to do is to load")
 
-    monkeypatch.setattr(compile_children, "_Child", no_more)
+    monkeypatch.setattr(compile_children.subprocess, "Popen", no_more)
     monkeypatch.setattr(compile_children, "children_for", lambda devices, programs: programs)
     again = build_device_executor(
         weights("tiny-smollm"), jax.devices()[1:2], dataclasses.replace(CONFIG, cache_dir=tmp_path)
@@ -149,8 +155,7 @@ def test_a_child_that_dies_is_not_waited_for(made, caplog):
     first = children.compile(KEY)
     assert first is not None
     loaded_executable(first, (jax.devices()[1],))
-    for process in processes(children):
-        process.send_signal(signal.SIGKILL)
+    kill(children)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(children.compile, [KEY] * 4)) == [None] * 4
     assert caplog.text.count("A process that compiles is gone") == 2
@@ -161,7 +166,7 @@ def test_a_child_that_dies_at_work_is_not_waited_for(made):
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(children.compile, ("head", 1, HeadKind.COMPLETE))
         time.sleep(0.1)
-        processes(children)[0].send_signal(signal.SIGKILL)
+        kill(children)
         assert coming.result(30) is None
 
 
@@ -169,7 +174,8 @@ def test_a_child_that_takes_too_long_is_given_up(made, caplog):
     children = made(answer_s=0.01)
     assert children.compile(KEY) is None
     assert "no answer in 0 s" in caplog.text
-    assert processes(children)[0].poll() == -signal.SIGKILL
+    children.close()
+    assert children._process.returncode == -signal.SIGKILL
 
 
 def test_a_program_that_fails_costs_no_child(made, caplog):
@@ -202,9 +208,12 @@ def test_a_recipe_for_devices_that_are_not_there_is_refused(what):
 
 _PARENT = """
 import pickle, sys, time
+from serving.engine.device.compilation import compile_all
 from serving.engine.device.compile_children import CompileChildren
-children = CompileChildren(1, pickle.load(sys.stdin.buffer))
-print(children._children[0]._process.pid, flush=True)
+children = CompileChildren(2, pickle.load(sys.stdin.buffer))
+print(children._process.pid, flush=True)
+children.compile(("prefill_last", 16))
+print("compiled", flush=True)
 time.sleep(60)
 """
 
@@ -217,21 +226,34 @@ def test_a_child_ends_with_its_parent(what):
     ) as parent:  # fmt: skip
         parent.stdin.write(pickle.dumps(what))
         parent.stdin.flush()
-        child = int(parent.stdout.readline())
+        group = int(parent.stdout.readline())
+        assert parent.stdout.readline() == b"compiled\n"
+        assert len(running(group)) == 2
         parent.kill()
     deadline = time.monotonic() + 60
-    while running(child):
+    while running(group):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def running(pid: int) -> bool:
-    """Whether the process is there and not merely waiting to be reaped."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def running(group: int) -> list[int]:
+    """Processes of the group that do not merely wait to be reaped."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_what_xla_is_told_reaches_it():
+    lower = jax.jit(lambda x: x + 1).lower
+    source = Source((), lambda: lower(jnp.arange(4)), ())
+    assert compile_all({"one": source}, 1, lambda *what: None, options=compiler_options("gpu"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        compile_all({"one": source}, 1, lambda *what: None, options={"no_such_option": 1})
+    assert compiler_options("cpu") == compiler_options("tpu") == {}
 
 
 @dataclasses.dataclass
