@@ -42,10 +42,11 @@ def test_smoke_run_compares_with_xla_and_gives_a_results_file(tmp_path):
     content = json.loads((tmp_path / "check.json").read_text())
     rows = {one["name"]: one for one in content["rows"]}
     assert list(rows) == [
-        "prefill", "decode, batch 2", "decode, batch 1",
+        "prefill", "decode, batch 2", "decode, batch 1", "mixed, 32 tokens with 2 rows",
         "XLA by itself, decode of few rows against all",
     ]  # fmt: skip
     assert [rows[f"decode, batch {batch}"]["positions"] for batch in (1, 2)] == [2, 4]
+    assert rows["mixed, 32 tokens with 2 rows"]["positions"] == 4
     assert all(one["most"] < 1e-4 and one["listed"] == 1.0 for one in rows.values())
     assert content["settings"]["tolerance"]["mean"] == 0.03
 

@@ -9,6 +9,9 @@ from serving.errors import ConfigurationError
 
 _SMALLEST_PREFILL_BUCKET = 16
 
+_MIXED_CALLS = ((256, 64), (512, 64), (512, 128))
+"""Where an 8B model on an H200 gains most: of longer calls the weights are a small part."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceExecutorConfig:
@@ -112,6 +115,12 @@ class DeviceExecutorConfig:
             MixedSize(tokens, rows, most_sequences(tokens - rows, self.max_prefills, sizes))
             for tokens, rows in sorted(set(self.mixed_calls))
         )
+
+
+def gpu_mixed_calls(num_rows: int, max_prefill_tokens: int) -> tuple[tuple[int, int], ...]:
+    """`DeviceExecutorConfig.mixed_calls` for a GPU: few, as each takes its time to compile."""
+    calls = {(tokens, min(rows, num_rows)) for tokens, rows in _MIXED_CALLS}
+    return tuple(sorted(call for call in calls if call[0] <= max_prefill_tokens))
 
 
 def _step_after(size: int) -> int:

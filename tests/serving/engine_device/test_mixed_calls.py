@@ -31,10 +31,10 @@ SIZE = MixedSize(36, 4, 2)
 LOOP = {"pipeline_depth": 2, "prefix_caching": False}
 
 
-def built(weights, devices, cache_dir):
-    """An executor like the shared one, whose steps with a few chunks are mixed calls."""
+def built(weights, devices, cache_dir, num_blocks):
+    """An executor whose steps with a few chunks are mixed calls."""
     config = DeviceExecutorConfig(
-        max_model_len=128, num_rows=4, num_blocks=1024, max_prefill_tokens=32,
+        max_model_len=128, num_rows=4, num_blocks=num_blocks, max_prefill_tokens=32,
         prefill_buckets=(8, 32), mixed_calls=((36, 4),), cache_dir=cache_dir,
     )  # fmt: skip
     return build_device_executor(weights(), devices, config)
@@ -42,7 +42,8 @@ def built(weights, devices, cache_dir):
 
 @pytest.fixture(scope="module")
 def mixing(weights, cache_dir):
-    return built(weights, jax.devices()[1:2], cache_dir)
+    """Like the shared executor, whose programs it finds in the cache."""
+    return built(weights, jax.devices()[1:2], cache_dir, 1024)
 
 
 def counted(executor):
@@ -111,7 +112,7 @@ def test_greedy_output_is_the_same(mixed, prompts, reference, loop, limits):
     executor, made = mixed
     counting = CountingExecutor(executor, **limits)
     check(reference, generate(counting, prompts, COUNT, **loop))
-    assert made.count("mixed_embed") > 3
+    assert "mixed_embed" in made
     if "num_blocks" in limits:
         assert counting.assignments > len(prompts), "nobody was preempted"
 
@@ -121,13 +122,13 @@ def test_prefix_hits(mixed, prompts, reference):
     outputs = generate(CountingExecutor(executor), [*prompts, *prompts], COUNT, pipeline_depth=2)
     check([*reference, *reference], outputs)
     assert sum(output.cached_tokens > 0 for output in outputs) > 2
-    assert made.count("mixed_embed") > 3
+    assert "mixed_embed" in made
 
 
 def test_two_devices(prompts, reference, weights, cache_dir):
-    executor, made = counted(built(weights, jax.devices()[2:4], cache_dir))
+    executor, made = counted(built(weights, jax.devices()[2:4], cache_dir, 64))
     check(reference, generate(CountingExecutor(executor), prompts, COUNT, **LOOP))
-    assert made.count("mixed_embed") > 3
+    assert "mixed_embed" in made
     assert executor.compilations_since_start() == 0
 
 
@@ -196,6 +197,25 @@ def test_a_prompt_goes_on_from_call_to_call(mixed, drive, prompt):
     assert result.tokens[:, 0].tolist() == [alone[0][4], alone[1][0]]
     assert [*got, int(result.tokens[0, 0])] == alone[0][:5]
     assert driver.decode([0, 1], 1)[:, 0].tolist() == [alone[0][5], alone[1][1]]
+
+
+def test_the_arena_stays_where_it_is(mixing):
+    limits = mixing.limits
+    arena = limits.num_blocks * limits.slots_per_block * 2 * limits.block_size * 8 * 4
+    (unit,) = mixing._programs.mixed_unit.values()
+    memory = unit.memory_analysis()
+    assert memory.alias_size_in_bytes >= arena
+    assert memory.temp_size_in_bytes < arena / 4
+
+
+def test_every_mixed_program_has_run_before_the_first_request(mixed):
+    """And has left the arena and the rows' state alone."""
+    executor, made = mixed
+    executor.rehearse()
+    assert made.count("mixed_embed") == len(executor.limits.mixed_sizes)
+    assert not any(np.asarray(segment).any() for segment in executor._arena)
+    assert not executor._rows._kv_len.any()
+    assert not np.asarray(executor._last_tokens).any()
 
 
 def plan_of(decoding, counts, ended):
