@@ -108,7 +108,8 @@ class MixedPrograms:
             return result
 
         rows, sequences, columns = size.rows, size.sequences, shapes.table_columns
-        context = MixedContext(
+        shaped: Any = MixedContext  # of shape structs
+        context = shaped(
             shapes.int32(rows, columns), shapes.int32(rows),
             shapes.int32(sequences, columns), shapes.int32(sequences), shapes.int32(sequences),
         )  # fmt: skip
