@@ -85,6 +85,42 @@ class Tiling:
         return self.rows * self.warpgroups
 
 
+@dataclass(frozen=True, slots=True)
+class Blocking:
+    """How a product with many rows is cut over the chip.
+
+    rows: of x per multiplying warpgroup, 64 or 128; a block has `warpgroups` of them. tile_n: rows
+    of w per tile, a multiple of 8 up to 256. tile_k: columns per stage of the ring, a multiple of 64
+    that divides K. row_blocks: blocks of a cluster below one another, which load w for each other.
+    sharing: blocks of a cluster side by side, which load x for each other. clusters: that run at a
+    time. band: rows of clusters' tiles that are gone through column by column. stored: columns of
+    one store, a divisor of a tile's columns in the result. slots: stores of a warpgroup under way.
+    registers, loader_registers: of a thread that multiplies, that loads; 0 for the compiler's
+    choice. lead: stages by which the first warpgroup sets off before the others.
+    """
+
+    tile_n: int
+    clusters: int
+    rows: int = 64
+    warpgroups: int = 2
+    tile_k: int = 64
+    stages: int = 4
+    row_blocks: int = 1
+    sharing: int = 1
+    band: int = 8
+    stored: int = 64
+    slots: int = 2
+    registers: int = 232
+    loader_registers: int = 40
+    lead: int = 0
+    sideways: bool = False
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of x a block multiplies."""
+        return self.rows * self.warpgroups
+
+
 def tiling(
     m: int, w_shape: tuple[int, ...], dtype: Any, out_dtype: Any, target: Target
 ) -> Tiling | None:
