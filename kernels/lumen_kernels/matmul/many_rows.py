@@ -82,7 +82,7 @@ class _Cut:
     @property
     def row_unit(self) -> int:
         """Every tile and every warpgroup's part of it start at a multiple of so many rows."""
-        return math.gcd(self.m, self.blocking.rows)
+        return math.gcd(self.m, self.blocking.rows, self.blocking.staged_rows or 64)
 
     @property
     def column_unit(self) -> int:
@@ -97,18 +97,28 @@ class _Cut:
         result = _swizzled(swizzled, out_bytes) if swizzled * out_bytes >= 32 else ()
         scratch: dict[str, Any] = {
             "x_ring": plgpu.SMEM((b.stages, b.block_rows, b.tile_k), x_dtype, transforms=operand),
-            "w_ring": plgpu.SMEM((b.stages, b.tile_n, b.tile_k), x_dtype, transforms=operand),
-            "staging": plgpu.SMEM(
-                (b.warpgroups, b.slots, b.rows, b.stored), out_dtype, transforms=result
+            "w_ring": plgpu.SMEM(
+                (b.stages, *((1, b.tile_n) if interpret else (self.parts, b.tile_n // self.parts)), b.tile_k),
+                x_dtype,
+                transforms=_swizzled(64, 2, leading=1),
             ),
-            "full": plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=b.stages),
-            "free": plgpu.Barrier(num_arrivals=b.warpgroups, num_barriers=b.stages),
+            "staging": plgpu.SMEM(
+                (b.warpgroups, b.slots, b.staged_rows or b.rows, b.stored),
+                out_dtype,
+                transforms=result,
+            ),
+            "full": plgpu.Barrier(
+                num_arrivals=1 + (self.parts if interpret else 1), num_barriers=b.stages * (b.warpgroups if b.apart else 1)
+            ),
+            "free": plgpu.Barrier(num_arrivals=1 if b.apart else b.warpgroups, num_barriers=b.stages),
             "ahead": plgpu.Barrier(),
         }
         if b.sharing * b.row_blocks > 1 and not interpret:
             # Of every block that this one loads for, or that loads for it.
             scratch["free"] = plgpu.ClusterBarrier(
-                collective_axes=("share", "row"), num_arrivals=b.warpgroups, num_barriers=b.stages
+                collective_axes=("share", "row"),
+                num_arrivals=1 if b.apart else b.warpgroups,
+                num_barriers=b.stages,
             )
         return scratch
 
@@ -148,7 +158,7 @@ def matmul(
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="gated_matmul" if gated else "wide_matmul",
     )
-    result: jax.Array = kernel(x, w)
+    result: jax.Array = kernel(x, w.reshape(cut.parts, cut.width, cut.k))
     return result
 
 
@@ -197,10 +207,12 @@ class _Block:
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
             row, column = self._start(index)
+            reader = lax.rem(index, _i32(b.warpgroups)) if b.apart else _i32(0)
 
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
                 slot, depth = lax.rem(turn, _i32(b.stages)), pl.ds(at * b.tile_k, b.tile_k)
-                full, free = scratch["full"].at[slot], scratch["free"].at[slot]
+                full = scratch["full"].at[reader * _i32(b.stages) + slot]
+                free = scratch["free"].at[slot]
                 pl.when(turn >= b.stages)(lambda: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(
                     x_ref.at[pl.ds(row * cut.row_unit, b.block_rows), depth],
@@ -208,14 +220,12 @@ class _Block:
                     full,
                     collective_axes=x_axis,
                 )
-                for part in range(cut.parts):
-                    start = column + _i32(part * (cut.width // cut.column_unit))
-                    plgpu.copy_gmem_to_smem(
-                        w_ref.at[pl.ds(start * cut.column_unit, w_rows), depth],
-                        scratch["w_ring"].at[slot, pl.ds(part * w_rows, w_rows)],
-                        full,
-                        collective_axes=w_axis,
-                    )
+                rows = pl.ds(column * cut.column_unit, w_rows)
+                tiles = [(w_ref.at[:, rows, depth], scratch["w_ring"].at[slot])]
+                if self.interpret:
+                    tiles = [(w_ref.at[part, rows, depth], scratch["w_ring"].at[slot, 0, pl.ds(part * w_rows, w_rows)]) for part in range(cut.parts)]
+                for source, ring in tiles:
+                    plgpu.copy_gmem_to_smem(source, ring, full, collective_axes=w_axis)
                 return turn + _i32(1)
 
             after: jax.Array = lax.fori_loop(_i32(0), _i32(cut.steps), step, turn)
@@ -241,11 +251,17 @@ class _Block:
             pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(self.scratch["ahead"]))
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
+            if b.apart:
+                index = index * _i32(b.warpgroups) + warpgroup
+                turn = index * _i32(self.cut.steps)
             sums, turn = self._sums(warpgroup, turn)
             self._store(sums, out_ref, warpgroup, *self._start(index))
             return turn
 
-        lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        count = self.tile_count
+        if b.apart:
+            count = lax.div(count - warpgroup + _i32(b.warpgroups - 1), _i32(b.warpgroups))
+        lax.fori_loop(_i32(0), count, tile, _i32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _sums(self, warpgroup: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -259,10 +275,17 @@ class _Block:
         def accumulate(accumulator: Any) -> tuple[jax.Array, jax.Array]:
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
                 slot = lax.rem(turn, _i32(b.stages))
-                plgpu.barrier_wait(scratch["full"].at[slot])
-                left = scratch["x_ring"].at[slot, pl.ds(warpgroup * b.rows, b.rows)]
+                reader = warpgroup if b.apart else _i32(0)
+                plgpu.barrier_wait(scratch["full"].at[reader * _i32(b.stages) + slot])
+                left = scratch["x_ring"].at[slot]
+                if not b.apart:
+                    left = left.at[pl.ds(warpgroup * b.rows, b.rows)]
                 right = scratch["w_ring"].at[slot]
-                plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+                if self.interpret:  # it knows no reshaped references
+                    plgpu.wgmma(accumulator, left, right.at[0].transpose((1, 0)))
+                else:
+                    right = right.reshape((b.tile_n, b.tile_k))
+                    plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # the product before this one has been made
                 pl.when(at > 0)(lambda: free_before(turn))
                 if b.lead:
@@ -288,13 +311,15 @@ class _Block:
     ) -> None:
         """Store one warpgroup's results of the tile that starts at these units."""
         cut, b = self.cut, self.blocking
-        row = row + warpgroup * _i32(b.rows // cut.row_unit)
-        rows = pl.ds(row * cut.row_unit, b.rows)
-        for index in range(cut.tile_width // b.stored):
-            at = index * b.stored
-            value = sums[:, at : at + b.stored]
+        if not b.apart:
+            row = row + warpgroup * _i32(b.rows // cut.row_unit)
+        staged = b.staged_rows or b.rows
+        for index in range(cut.tile_width // b.stored * (b.rows // staged)):
+            at, below = index % (cut.tile_width // b.stored) * b.stored, index // (cut.tile_width // b.stored) * staged
+            rows = pl.ds((row + _i32(below // cut.row_unit)) * cut.row_unit, staged)
+            value = sums[below : below + staged, at : at + b.stored]
             if cut.gated:
-                up = sums[:, cut.tile_width + at : cut.tile_width + at + b.stored]
+                up = sums[below : below + staged, cut.tile_width + at : cut.tile_width + at + b.stored]
                 value = value * lax.logistic(value) * up
             staging = self.scratch["staging"].at[warpgroup, index % b.slots]
             plgpu.wait_smem_to_gmem(b.slots - 1, wait_read_only=True)
@@ -310,9 +335,12 @@ def _limited(tile: jax.Array, size: int, whole: int, unit: int) -> jax.Array:
     return lax.min(tile * _i32(size // unit), _i32((whole - size) // unit))
 
 
-def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:
-    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled."""
-    tiles: Any = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+def _swizzled(columns: int, item_bytes: int, *, leading: int = 0) -> tuple[Any, ...]:
+    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled.
+
+    leading: dimensions before the rows that are to become rows too.
+    """
+    tiles: Any = plgpu.TilingTransform((1,) * leading + (8, columns))  # type: ignore[abstract]
     swizzle: Any = plgpu.SwizzleTransform(columns * item_bytes)  # type: ignore[abstract]
     return tiles, swizzle
 

@@ -114,11 +114,13 @@ class Blocking:
     loader_registers: int = 40
     lead: int = 0
     sideways: bool = False
+    apart: bool = False
+    staged_rows: int = 0
 
     @property
     def block_rows(self) -> int:
-        """Rows of x a block multiplies."""
-        return self.rows * self.warpgroups
+        """Rows of x in a tile of a block."""
+        return self.rows if self.apart else self.rows * self.warpgroups
 
 
 def tiling(

@@ -30,6 +30,13 @@ BLOCKINGS = {
     ),
     "bands of columns": (384, 256, 128, dataclasses.replace(ONE, band=3, sideways=True)),
     "tiles of 88 results": (128, 352, 128, dataclasses.replace(ONE, tile_n=176, stored=88)),
+    "tiles of their own": (640, 128, 192, dataclasses.replace(ONE, apart=True, rows=128)),
+    "tiles of their own, three for two": (
+        384,
+        128,
+        128,
+        dataclasses.replace(ONE, apart=True, rows=128, sharing=2, stages=3, clusters=1),
+    ),
     "w shared": (384, 128, 192, dataclasses.replace(ONE, row_blocks=2)),
     "x shared": (136, 192, 192, dataclasses.replace(ONE, sharing=2)),
     "both shared, a warpgroup ahead": (
