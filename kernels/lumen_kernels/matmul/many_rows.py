@@ -2,15 +2,14 @@
 
 A persistent grid of clusters; a block owns a tile of the result at a time. One warpgroup of it only
 loads, slices of x and w together through a ring of shared memory; the others multiply, each its own
-rows of the tile. The blocks of a cluster own neighbouring tiles: those below one another load one
-tile of w together, each a part of it for all, and those side by side one tile of x.
+rows of the tile. The blocks of a cluster own tiles below one another: they load one tile of w
+together, each a part of it for all.
 
 Tiles are taken in bands of rows, column after column, so that what is multiplied at a time comes
 from few rows of x and of w and most of it from the L2 cache; every other band goes back.
 
 The multiplying warpgroups need not keep step: while one stores its rows, the other has the tensor
-cores to itself, as far as the ring reaches. `lead` sets the first of them off that many stages
-before the others.
+cores to itself, as far as the ring reaches.
 
 A gated product takes half of each tile from the gate's rows of w and half from the rows of up that
 belong to them: one block then has both sums of a result, and stores silu(gate) * up.
@@ -30,6 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lumen_kernels.matmul.rule import Blocking
+
+_REGISTERS = 232
+"""Of a thread that multiplies: 128 sums, and room to make results of them."""
+
+_LOADER_REGISTERS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,8 @@ class _Cut:
 
     @property
     def across(self) -> int:
-        """Tiles of a cluster side by side."""
-        return -(-self.width // (self.tile_width * self.blocking.sharing))
+        """Tiles side by side."""
+        return -(-self.width // self.tile_width)
 
     @property
     def clusters(self) -> int:
@@ -82,7 +86,7 @@ class _Cut:
     @property
     def row_unit(self) -> int:
         """Every tile and every warpgroup's part of it start at a multiple of so many rows."""
-        return math.gcd(self.m, self.blocking.rows, self.blocking.staged_rows or 64)
+        return math.gcd(self.m, self.blocking.rows)
 
     @property
     def column_unit(self) -> int:
@@ -93,32 +97,20 @@ class _Cut:
         """Rings, staging buffers and barriers."""
         b, out_bytes = self.blocking, jnp.dtype(out_dtype).itemsize
         operand = _swizzled(64, 2)
-        swizzled = math.gcd(self.column_unit, 128 // out_bytes)
-        result = _swizzled(swizzled, out_bytes) if swizzled * out_bytes >= 32 else ()
+        result = _swizzled(math.gcd(self.column_unit, 128 // out_bytes), out_bytes)
         scratch: dict[str, Any] = {
             "x_ring": plgpu.SMEM((b.stages, b.block_rows, b.tile_k), x_dtype, transforms=operand),
-            "w_ring": plgpu.SMEM(
-                (b.stages, *((1, b.tile_n) if interpret else (self.parts, b.tile_n // self.parts)), b.tile_k),
-                x_dtype,
-                transforms=_swizzled(64, 2, leading=1),
-            ),
+            "w_ring": plgpu.SMEM((b.stages, b.tile_n, b.tile_k), x_dtype, transforms=operand),
             "staging": plgpu.SMEM(
-                (b.warpgroups, b.slots, b.staged_rows or b.rows, b.stored),
-                out_dtype,
-                transforms=result,
+                (b.warpgroups, b.slots, b.rows, b.stored), out_dtype, transforms=result
             ),
-            "full": plgpu.Barrier(
-                num_arrivals=1 + (self.parts if interpret else 1), num_barriers=b.stages * (b.warpgroups if b.apart else 1)
-            ),
-            "free": plgpu.Barrier(num_arrivals=1 if b.apart else b.warpgroups, num_barriers=b.stages),
-            "ahead": plgpu.Barrier(),
+            "full": plgpu.Barrier(num_arrivals=1 + self.parts, num_barriers=b.stages),
+            "free": plgpu.Barrier(num_arrivals=b.warpgroups, num_barriers=b.stages),
         }
-        if b.sharing * b.row_blocks > 1 and not interpret:
-            # Of every block that this one loads for, or that loads for it.
+        if b.row_blocks > 1 and not interpret:
+            # Of every block of the cluster: each loads for all.
             scratch["free"] = plgpu.ClusterBarrier(
-                collective_axes=("share", "row"),
-                num_arrivals=1 if b.apart else b.warpgroups,
-                num_barriers=b.stages,
+                collective_axes=("row",), num_arrivals=b.warpgroups, num_barriers=b.stages
             )
         return scratch
 
@@ -150,15 +142,15 @@ def matmul(
         scratch_types=cut.scratch(x.dtype, out_dtype, interpret),
         grid=(cut.clusters,),
         grid_names=("cluster",),
-        cluster=(blocking.sharing, blocking.row_blocks),
-        cluster_names=("share", "row"),
+        cluster=(blocking.row_blocks,),
+        cluster_names=("row",),
         num_threads=blocking.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=gated, reduction_scratch_bytes=128),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        kernel_name="gated_matmul" if gated else "wide_matmul",
+        kernel_name="many_rows_gated" if gated else "many_rows_matmul",
     )
-    result: jax.Array = kernel(x, w.reshape(cut.parts, cut.width, cut.k))
+    result: jax.Array = kernel(x, w)
     return result
 
 
@@ -168,8 +160,7 @@ class _Block:
     def __init__(self, cut: _Cut, scratch: dict[str, Any], interpret: bool) -> None:
         self.cut, self.blocking = cut, cut.blocking
         self.scratch, self.interpret = scratch, interpret
-        self.cluster = lax.axis_index("cluster")
-        self.share, self.row = lax.axis_index("share"), lax.axis_index("row")
+        self.cluster, self.row = lax.axis_index("cluster"), lax.axis_index("row")
         groups, every = cut.down * cut.across, _i32(cut.clusters)
         self.tile_count = lax.div(_i32(groups - 1) - self.cluster, every) + _i32(1)
 
@@ -179,17 +170,14 @@ class _Block:
         The last tiles overlap those before them, and store the same results.
         """
         cut, b = self.cut, self.blocking
-        down, across = (cut.across, cut.down) if b.sideways else (cut.down, cut.across)
-        band = _i32(min(b.band, down))
+        band, across = _i32(min(b.band, cut.down)), _i32(cut.across)
         group = self.cluster + index * _i32(cut.clusters)
         above = lax.div(group, band * across)
         inside = group - above * band * across
-        rows = lax.min(band, _i32(down) - above * band)
+        rows = lax.min(band, _i32(cut.down) - above * band)
         column = lax.div(inside, rows)
-        row = above * band + inside - column * rows
-        column = lax.select(lax.rem(above, _i32(2)) == 0, column, _i32(across - 1) - column)
-        row, column = (column, row) if b.sideways else (row, column)
-        row, column = row * _i32(b.row_blocks) + self.row, column * _i32(b.sharing) + self.share
+        row = (above * band + inside - column * rows) * _i32(b.row_blocks) + self.row
+        column = lax.select(lax.rem(above, _i32(2)) == 0, column, _i32(cut.across - 1) - column)
         return (
             _limited(row, b.block_rows, cut.m, cut.row_unit),
             _limited(column, cut.tile_width, cut.width, cut.column_unit),
@@ -198,41 +186,38 @@ class _Block:
     def load(self, x_ref: Any, w_ref: Any) -> None:
         """Bring x and w into the ring, tile after tile."""
         b, cut, scratch = self.blocking, self.cut, self.scratch
-        if b.registers:
-            plgpu.set_max_registers(b.loader_registers, action="decrease")
+        plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
         w_rows = b.tile_n // cut.parts
-        all_load = not self.interpret  # the interpreter does not know copies of a cluster
-        x_axis = "share" if b.sharing > 1 and all_load else None
-        w_axis = "row" if b.row_blocks > 1 and all_load else None
+        # The interpreter does not know copies of a cluster: there every block loads all of w.
+        w_axis = "row" if b.row_blocks > 1 and not self.interpret else None
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
             row, column = self._start(index)
-            reader = lax.rem(index, _i32(b.warpgroups)) if b.apart else _i32(0)
 
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
                 slot, depth = lax.rem(turn, _i32(b.stages)), pl.ds(at * b.tile_k, b.tile_k)
-                full = scratch["full"].at[reader * _i32(b.stages) + slot]
-                free = scratch["free"].at[slot]
+                full, free = scratch["full"].at[slot], scratch["free"].at[slot]
                 pl.when(turn >= b.stages)(lambda: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(
                     x_ref.at[pl.ds(row * cut.row_unit, b.block_rows), depth],
                     scratch["x_ring"].at[slot],
                     full,
-                    collective_axes=x_axis,
                 )
-                rows = pl.ds(column * cut.column_unit, w_rows)
-                tiles = [(w_ref.at[:, rows, depth], scratch["w_ring"].at[slot])]
-                if self.interpret:
-                    tiles = [(w_ref.at[part, rows, depth], scratch["w_ring"].at[slot, 0, pl.ds(part * w_rows, w_rows)]) for part in range(cut.parts)]
-                for source, ring in tiles:
-                    plgpu.copy_gmem_to_smem(source, ring, full, collective_axes=w_axis)
+                for part in range(cut.parts):
+                    start = column + _i32(part * (cut.width // cut.column_unit))
+                    plgpu.copy_gmem_to_smem(
+                        w_ref.at[pl.ds(start * cut.column_unit, w_rows), depth],
+                        scratch["w_ring"].at[slot, pl.ds(part * w_rows, w_rows)],
+                        full,
+                        collective_axes=w_axis,
+                    )
                 return turn + _i32(1)
 
             after: jax.Array = lax.fori_loop(_i32(0), _i32(cut.steps), step, turn)
             return after
 
         turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
-        if self.interpret or x_axis or w_axis:
+        if self.interpret or w_axis:
             # The interpreter wants every arrival awaited. The chip does not mind, but no block
             # may end while another of its cluster still signals it.
             def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
@@ -244,30 +229,19 @@ class _Block:
 
     def multiply(self, out_ref: Any, warpgroup: jax.Array) -> None:
         """Multiply tile after tile with one warpgroup's rows of x and store the results."""
-        b = self.blocking
-        if b.registers:
-            plgpu.set_max_registers(b.registers, action="increase")
-        if b.lead:
-            pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(self.scratch["ahead"]))
+        plgpu.set_max_registers(_REGISTERS, action="increase")
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
-            if b.apart:
-                index = index * _i32(b.warpgroups) + warpgroup
-                turn = index * _i32(self.cut.steps)
             sums, turn = self._sums(warpgroup, turn)
             self._store(sums, out_ref, warpgroup, *self._start(index))
             return turn
 
-        count = self.tile_count
-        if b.apart:
-            count = lax.div(count - warpgroup + _i32(b.warpgroups - 1), _i32(b.warpgroups))
-        lax.fori_loop(_i32(0), count, tile, _i32(0))
+        lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _sums(self, warpgroup: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One tile's sums, [rows, tile_n] float32, and the next turn of the ring."""
         b, cut, scratch = self.blocking, self.cut, self.scratch
-        lead = min(b.lead, cut.steps) - 1
 
         def free_before(turn: jax.Array) -> None:
             plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - _i32(1), _i32(b.stages))])
@@ -275,22 +249,12 @@ class _Block:
         def accumulate(accumulator: Any) -> tuple[jax.Array, jax.Array]:
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
                 slot = lax.rem(turn, _i32(b.stages))
-                reader = warpgroup if b.apart else _i32(0)
-                plgpu.barrier_wait(scratch["full"].at[reader * _i32(b.stages) + slot])
-                left = scratch["x_ring"].at[slot]
-                if not b.apart:
-                    left = left.at[pl.ds(warpgroup * b.rows, b.rows)]
+                plgpu.barrier_wait(scratch["full"].at[slot])
+                left = scratch["x_ring"].at[slot, pl.ds(warpgroup * b.rows, b.rows)]
                 right = scratch["w_ring"].at[slot]
-                if self.interpret:  # it knows no reshaped references
-                    plgpu.wgmma(accumulator, left, right.at[0].transpose((1, 0)))
-                else:
-                    right = right.reshape((b.tile_n, b.tile_k))
-                    plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
+                plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # the product before this one has been made
                 pl.when(at > 0)(lambda: free_before(turn))
-                if b.lead:
-                    first = (turn == lead) & (warpgroup == 0)
-                    pl.when(first)(lambda: plgpu.barrier_arrive(scratch["ahead"]))
                 return turn + _i32(1)
 
             turns = lax.fori_loop(_i32(0), _i32(cut.steps), step, turn)
@@ -311,15 +275,13 @@ class _Block:
     ) -> None:
         """Store one warpgroup's results of the tile that starts at these units."""
         cut, b = self.cut, self.blocking
-        if not b.apart:
-            row = row + warpgroup * _i32(b.rows // cut.row_unit)
-        staged = b.staged_rows or b.rows
-        for index in range(cut.tile_width // b.stored * (b.rows // staged)):
-            at, below = index % (cut.tile_width // b.stored) * b.stored, index // (cut.tile_width // b.stored) * staged
-            rows = pl.ds((row + _i32(below // cut.row_unit)) * cut.row_unit, staged)
-            value = sums[below : below + staged, at : at + b.stored]
+        row = row + warpgroup * _i32(b.rows // cut.row_unit)
+        rows = pl.ds(row * cut.row_unit, b.rows)
+        for index in range(cut.tile_width // b.stored):
+            at = index * b.stored
+            value = sums[:, at : at + b.stored]
             if cut.gated:
-                up = sums[below : below + staged, cut.tile_width + at : cut.tile_width + at + b.stored]
+                up = sums[:, cut.tile_width + at : cut.tile_width + at + b.stored]
                 value = value * lax.logistic(value) * up
             staging = self.scratch["staging"].at[warpgroup, index % b.slots]
             plgpu.wait_smem_to_gmem(b.slots - 1, wait_read_only=True)
@@ -335,12 +297,9 @@ def _limited(tile: jax.Array, size: int, whole: int, unit: int) -> jax.Array:
     return lax.min(tile * _i32(size // unit), _i32((whole - size) // unit))
 
 
-def _swizzled(columns: int, item_bytes: int, *, leading: int = 0) -> tuple[Any, ...]:
-    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled.
-
-    leading: dimensions before the rows that are to become rows too.
-    """
-    tiles: Any = plgpu.TilingTransform((1,) * leading + (8, columns))  # type: ignore[abstract]
+def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:
+    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled."""
+    tiles: Any = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
     swizzle: Any = plgpu.SwizzleTransform(columns * item_bytes)  # type: ignore[abstract]
     return tiles, swizzle
 
