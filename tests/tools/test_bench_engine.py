@@ -43,8 +43,12 @@ def engine(built):
 
 
 def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2026-11-25 00:00:00.{number},{20 + number},8\n" for number in range(10)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(lines))
     done = subprocess.run(
-        [sys.executable, str(TOOL), "--smoke", "--reps=2", "--gateway=",
+        [sys.executable, str(TOOL), "--smoke", "--reps=2", "--gateway=", f"--trace={trace}",
+         "--trace_start=0.15", "--trace_seconds=0.5", "--saturation=50", "--load=0.5",
          f"--json={tmp_path / 'engine.json'}", f"--markdown={tmp_path / 'engine.md'}"],
         capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
     )  # fmt: skip
@@ -54,8 +58,9 @@ def test_smoke_run_measures_every_work_and_gives_a_results_file(tmp_path):
     rows = {one["name"]: one for one in content["rows"]}
     idle = rows.pop("device idle per step, batch 4, context 24")
     assert idle["status"] == "not measured: the profile shows no GPU"
-    itl = rows.pop("ITL p99 under a trace")
-    assert itl["status"] == "not measured: no trace given"
+    saturation = rows["saturation, 5 requests of 0.5 s of the trace from 0.15 s on"]
+    assert saturation["note"].startswith("as given; 1600 tokens/s in and out")
+    assert len(rows["ITL p99 at 25 requests/s, 50 % of saturation"]["samples"]) == 2
     assert {one["status"] for one in rows.values()} == {MEASURED}
     assert all(one["median"] > 0 for name, one in rows.items() if not name.startswith("(a) decode"))
     assert rows["KV capacity"]["samples"] == [64 * 16]
@@ -134,6 +139,11 @@ def test_an_engine_that_dies_says_so_now_and_later():
         made.generate([Job((1,), 1)])
     with pytest.raises(EngineError, match="failed earlier: out of luck"):
         made.generate([Job((1,), 1)])
+
+
+def test_without_a_trace_its_latency_is_not_measured(engine):
+    (one,) = measurements.itl(bench(engine))
+    assert one["status"] == "not measured: no trace given"
 
 
 def bench(engine, **sizes):

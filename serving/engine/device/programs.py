@@ -192,10 +192,13 @@ class ProgramBuilder:
         shapes = self._shapes
         embedding = shapes.defs.embedding
 
-        def prefill_embed(weights: Sequence[jax.Array], call: jax.Array) -> tuple[jax.Array, Step]:
+        def prefill_embed(
+            weights: Sequence[jax.Array], call: jax.Array
+        ) -> tuple[jax.Array, Step, Schedule]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
             hidden: jax.Array = embedding.merge(weights)(call[:tokens], self._axis)
-            return hidden, self._attention.prefill_step(tables, starts, counts, tokens)
+            step = self._attention.prefill_step(tables, starts, counts, tokens)
+            return hidden, step, self._attention.prefill_schedule(starts, counts, tokens)
 
         return self._lower(
             prefill_embed,

@@ -1,4 +1,8 @@
-"""Rotation and KV write of a step's tokens in every layer, beside its pieces one by one."""
+"""Rotation and KV write of a step's tokens in every layer, beside its pieces one by one.
+
+Every call has other projections or another rotation than all others: of equal pieces XLA would run
+one for all.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,24 +11,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from lumen_kernels.rotary_write import Projections, rotate
 
 from tools.bench.kernels import kv_write, reference
-from tools.bench.kernels.attention import layer_offsets
 from tools.bench.kernels.case import Bar, Bench, Case, Measurement, Work
 from tools.bench.kernels.operands import hollow, random_bf16
 from tools.bench.kernels.pool import Arena, KvPool
 from tools.bench.kernels.timing import Program
 
-_PROJECTIONS = 4  # taken in turn, and queries left of as many calls
+_DECODE_TOKENS = 256  # up to this many a launch has several steps: a layer alone takes microseconds
+_STEPS = 4
 _BAR = Bar("us", peer_source="split, rotation and KV write in the same run")
 
 
 class _State(NamedTuple):
-    """After a launch: the arena, and the queries of its last calls."""
+    """After a launch: the arena, its last call's queries, and the first tokens' queries added up.
+
+    Nothing else looks at the queries of the other calls, which XLA therefore would not make. All of
+    them as results are no way out: launches take the longer the more results there are.
+    """
 
     arena: Any
-    queries: list[Any]
+    queries: Any
+    added: Any
 
 
 # projections, rotation, arena, places, layer offset -> queries, arena
@@ -55,18 +65,18 @@ def _case(bench: Bench, pool: KvPool, tokens: int) -> Case:
             k, v, arena, slots, offsets, offset, target=bench.target
         )
 
+    steps = _STEPS if tokens <= _DECODE_TOKENS else 1
     heads = model.query_heads + 2 * model.kv_heads
     columns = heads * model.head_dim
     queries = struct((tokens, model.query_heads, model.head_dim))
     given = (
-        (struct((tokens, columns)),) * _PROJECTIONS,
-        struct((tokens, model.head_dim), jnp.float32),
-        struct((2, tokens), jnp.int32),
-        (struct((), jnp.int32),) * model.layers,
+        (struct((tokens, columns)),) * model.layers,
+        ((struct((tokens, model.head_dim), jnp.float32), struct((2, tokens), jnp.int32)),) * steps,
     )
-    state = _State(pool.struct, [queries] * min(_PROJECTIONS, model.layers))
+    calls = steps * model.layers
+    state = _State(pool.struct, queries, struct(queries.shape[1:]))
     programs = [
-        Program(_layers(operation), state, given, model.layers)
+        Program(_layers(operation, model.kv_heads), state, given, calls)
         for operation in (together, one_by_one)
     ]
     name = f"rotary write {tokens} tokens, page {pool.block_size}"
@@ -75,15 +85,19 @@ def _case(bench: Bench, pool: KvPool, tokens: int) -> Case:
     return Case(name, work, _BAR, programs, measure)
 
 
-def _layers(operation: _Operation) -> Callable[..., _State]:
+def _layers(operation: _Operation, kv_heads: int) -> Callable[..., _State]:
     operation = jax.jit(operation)  # traced and lowered once, not once per layer
 
-    def function(old: _State, fused: Any, rotation: Any, places: Any, offsets: Any) -> _State:
+    def function(old: _State, fused: Any, steps: Any) -> _State:
         arena, made = old.arena, []
-        for call, offset in enumerate(offsets):
-            queries, arena = operation(fused[call % _PROJECTIONS], rotation, arena, places, offset)
-            made.append(queries)
-        return _State(arena, made[-_PROJECTIONS:])
+        for rotation, places in steps:
+            for layer, one in enumerate(fused):
+                offset = np.int32(layer * kv_heads)  # a constant, which costs a launch nothing
+                queries, arena = operation(one, rotation, arena, places, offset)
+                made.append(queries)
+        # Behind the barrier, so that all of each is made, and where it would be for attention.
+        made = lax.optimization_barrier(made)
+        return _State(arena, made[-1], functools.reduce(jnp.add, [one[0] for one in made]))
 
     return function
 
@@ -92,33 +106,40 @@ def _measure(
     bench: Bench, pool: KvPool, name: str, tokens: int, programs: list[Program]
 ) -> Measurement:
     model = pool.model
-    place = kv_write.places(pool, tokens)[0]
-    angles = np.random.default_rng(3).uniform(-np.pi, np.pi, (tokens, model.head_dim // 2))
-    rotation = np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    columns = (model.query_heads + 2 * model.kv_heads) * model.head_dim
-    fused = tuple(random_bf16(20 + index, (tokens, columns)) for index in range(_PROJECTIONS))
-    places = np.stack([place.bases, place.offsets]).astype(np.int32)
-    offsets = layer_offsets(pool, model.layers, model.layers)
-    given = (fused, jnp.asarray(rotation), jnp.asarray(places), offsets)
+    fused_structs, step_structs = programs[0].arguments
+    fused = tuple(random_bf16(20 + index, one.shape) for index, one in enumerate(fused_structs))
+    places = kv_write.places(pool, tokens)[: len(step_structs)]
+    random = np.random.default_rng(3)
+    rotations = [_rotation(random, tokens, model.head_dim) for _ in places]
+    steps = tuple(
+        (jnp.asarray(rotation), jnp.asarray(np.stack([to.bases, to.offsets]), jnp.int32))
+        for rotation, to in zip(rotations, places, strict=True)
+    )
+    layer, place = model.layers - 1, places[-1]
+    exact = _exact(fused[layer], rotations[-1], model.query_heads, model.kv_heads)
+    written = pool.slots(
+        np.concatenate([to.bases for to in places]), np.arange(model.layers) * model.kv_heads
+    )
     samples = []
     for who, program in zip((name, f"one by one, {name}"), programs, strict=True):
         before = pool.fingerprint()
-        state = program(_State(pool.arena, hollow(program.state.queries)), *given)
+        _, *rest = hollow(program.state._replace(arena=None))
+        state = program(_State(pool.arena, *rest), fused, steps)
         pool.arena = state.arena
-        layer = model.layers - 1
-        last = layer % _PROJECTIONS
         k, v = pool.tokens(place.bases, place.offsets, layer * model.kv_heads)
-        exact = _exact(fused[last], rotation, model.query_heads, model.kv_heads)
-        queries = state.queries[-1]
-        for what, found, expected in zip("qk", (queries, k), exact[:2], strict=True):
+        for what, found, expected in zip("qk", (state.queries, k), exact[:2], strict=True):
             reference.require_close(f"{who}, {what} of layer {layer}", found, expected)
         reference.require_equal(f"{who}, v of layer {layer}", v.astype(np.float64), exact[2])
-        layers = np.arange(model.layers) * model.kv_heads
-        pool.require_only_written(before, pool.slots(place.bases, layers))
-        found_s, state = bench.timing.samples(program, state, *given)
+        pool.require_only_written(before, written)
+        found_s, state = bench.timing.samples(program, state, fused, steps)
         pool.arena = state.arena
         samples.append(found_s)
     return Measurement(samples[0], peer_samples_s=samples[1])
+
+
+def _rotation(random: np.random.Generator, tokens: int, head_dim: int) -> Any:
+    angles = random.uniform(-np.pi, np.pi, (tokens, head_dim // 2))
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
 def _exact(
