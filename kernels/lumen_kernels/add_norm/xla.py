@@ -16,8 +16,5 @@ def add_rms_norm(
     x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """See `lumen_kernels.add_norm.add_rms_norm`."""
-    if x.ndim == 3:
-        hidden = (residual.astype(jnp.float32) + jnp.sum(x, axis=0)).astype(residual.dtype)
-    else:
-        hidden = residual + x
+    hidden = residual + x
     return hidden, rms_norm(hidden, weight, eps)

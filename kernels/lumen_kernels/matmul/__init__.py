@@ -1,4 +1,4 @@
-"""x @ w.T for the few rows of a decoding step: limited by how fast the weights stream.
+"""x @ w.T: with few rows limited by how fast the weights stream, with many by multiplying.
 
 Weights are [out, in], Hugging Face's orientation. On Hopper a kernel of ours runs where it was
 measured to beat XLA (`rule`); XLA multiplies everywhere else and all other types than bfloat16.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lumen_kernels.errors import KernelArgumentError
-from lumen_kernels.matmul import mosaic_gpu, rule, xla
+from lumen_kernels.matmul import many_rows, mosaic_gpu, rule, xla
 from lumen_kernels.target import Target
 
 __all__ = ["matmul", "silu_gated"]
@@ -23,6 +23,9 @@ _DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32)))
 # All products of one shape in a program share one lowered kernel: the compiler does not see that
 # they are the same, and takes some seconds for each.
 _on_gpu = jax.jit(mosaic_gpu.matmul, static_argnums=(2, 3), static_argnames=("gated", "interpret"))
+_many_rows_on_gpu = jax.jit(
+    many_rows.matmul, static_argnums=(2, 3), static_argnames=("gated", "interpret")
+)
 
 
 def matmul(x: jax.Array, w: jax.Array, *, target: Target, out_dtype: Any = None) -> jax.Array:
@@ -55,6 +58,10 @@ def silu_gated(x: jax.Array, w: jax.Array, *, target: Target) -> jax.Array:
     tiling = rule.gated_tiling(x.shape[0], w.shape, x.dtype, target)
     if tiling is not None:
         out: jax.Array = _on_gpu(x, w, tiling, x.dtype, gated=True, interpret=target.interpret)
+        return out
+    blocking = rule.gated_blocking(x.shape[0], w.shape, x.dtype, target)
+    if blocking is not None:
+        out = _many_rows_on_gpu(x, w, blocking, x.dtype, gated=True, interpret=target.interpret)
         return out
     gate, up = jnp.split(matmul(x, w, target=target).astype(jnp.float32), 2, axis=1)
     return (jax.nn.silu(gate) * up).astype(x.dtype)

@@ -115,6 +115,7 @@ def _exponential(rows: int, low: int, mean: float, cap: int) -> tuple[int, ...]:
 
 
 _ROWS = (1, 8, 32, 64, 128, 256)
+_MANY_ROWS = (512, 1024, 2048, 4096)
 
 FULL = Sizes(
     model=Model(query_heads=32, kv_heads=8, head_dim=128, layers=32),
@@ -139,7 +140,7 @@ FULL = Sizes(
         Product("qkv", 6144, 4096, _ROWS),
         Product("o", 4096, 4096, _ROWS),
         Product("gate_up", 28672, 4096, _ROWS),
-        Product("gate_up, gated", 28672, 4096, _ROWS, gated=True),
+        Product("gate_up, gated", 28672, 4096, _ROWS + _MANY_ROWS, gated=True),
         Product("down", 4096, 14336, _ROWS),
         Product("lm_head", 128256, 4096, (1, 32, 128)),
     ),
