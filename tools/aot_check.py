@@ -167,6 +167,8 @@ def _checked(deployment: Deployment) -> Report:
 
 def _largest(executor: DeviceExecutorConfig) -> Callable[[ProgramKey], bool]:
     def wanted(key: ProgramKey) -> bool:
+        if key[0].startswith("mixed"):
+            return key[1:] == executor.mixed_sizes[-1]
         of = executor.chunk_buckets if key[0].startswith("prefill") else executor.decode_buckets
         return len(key) == 1 or key[1] == max(of)
 

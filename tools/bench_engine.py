@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lumen.errors import LumenError
+from serving.engine.device.config import gpu_mixed_calls
 from tools.bench import results
 from tools.bench.engine import start_up
 from tools.bench.engine.engine import EngineSettings, build
@@ -56,6 +57,9 @@ _BUDGET = flags.DEFINE_integer(
 )
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 1, "Decode steps of one plan.")
 _DEPTH = flags.DEFINE_integer("pipeline_depth", 2, "Plans submitted at a time, 1 or 2.")
+_MIXED = flags.DEFINE_bool(
+    "mixed_calls", True, "Decodes and short prompt chunks of a step in one pass over the weights."
+)
 _MODEL_LEN = flags.DEFINE_integer("max_model_len", 16448, "Tokens of one request.")
 _MEMORY = flags.DEFINE_float("memory_fraction", 0.9, "Share of the memory JAX has.")
 _BLOCKS = flags.DEFINE_integer("num_blocks", None, "KV blocks. Default: what memory leaves.")
@@ -123,13 +127,15 @@ def _trace() -> TraceOptions | None:
 
 
 def _settings() -> EngineSettings:
+    chunks = tuple(int(size) for size in _CHUNKS.value)
     return EngineSettings(
         model=_MODEL.value,
         dtype=_DTYPE.value,
         max_model_len=_MODEL_LEN.value,
         num_rows=_ROWS.value,
         block_size=_BLOCK.value,
-        prefill_buckets=tuple(int(size) for size in _CHUNKS.value),
+        prefill_buckets=chunks,
+        mixed_calls=gpu_mixed_calls(_ROWS.value, chunks[-1]) if _MIXED.value else (),
         max_prefills=_PREFILLS.value,
         memory_fraction=_MEMORY.value,
         num_blocks=_BLOCKS.value,

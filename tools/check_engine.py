@@ -27,6 +27,7 @@ from lumen_kernels.target import Target
 from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from lumen.presets import preset
+from serving.engine.device.config import gpu_mixed_calls
 from tools.bench import results
 from tools.bench.engine.engine import EngineSettings
 from tools.bench.summary import Row
@@ -51,6 +52,9 @@ _CHUNKS = flags.DEFINE_list(
     "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
 )
 _PREFILLS = flags.DEFINE_integer("max_prefills", 16, "Prompts of one prefill call.")
+_MIXED = flags.DEFINE_bool(
+    "mixed_calls", True, "Decodes and short prompt chunks of a step in one pass over the weights."
+)
 _MODEL_LEN = flags.DEFINE_integer("max_model_len", 16448, "Tokens of one request.")
 _MEMORY = flags.DEFINE_float("memory_fraction", 0.9, "Share of the memory JAX has.")
 _BLOCKS = flags.DEFINE_integer("num_blocks", None, "KV blocks. Default: what memory leaves.")
@@ -142,14 +146,17 @@ def _settings() -> EngineSettings:
     if _SMOKE.value:
         return dataclasses.replace(
             token_by_token.SETTINGS, model="random:tiny-smollm", num_rows=2, num_blocks=16,
+            mixed_calls=((32, 2),),
         )  # fmt: skip
+    chunks = tuple(int(size) for size in _CHUNKS.value)
     return EngineSettings(
         model=_MODEL.value,
         dtype=_DTYPE.value,
         max_model_len=_MODEL_LEN.value,
         num_rows=_ROWS.value,
         block_size=_BLOCK.value,
-        prefill_buckets=tuple(int(size) for size in _CHUNKS.value),
+        prefill_buckets=chunks,
+        mixed_calls=gpu_mixed_calls(_ROWS.value, chunks[-1]) if _MIXED.value else (),
         max_prefills=_PREFILLS.value,
         memory_fraction=_MEMORY.value,
         num_blocks=_BLOCKS.value,

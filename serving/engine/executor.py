@@ -5,9 +5,26 @@ weights join this seam with migration and elastic weights.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serving.engine.plan import StepPlan, StepResult
+
+
+class MixedSize(NamedTuple):
+    """What one call takes at most that runs decode rows and prompt chunks together.
+
+    tokens: in all, of which the first `rows` are kept for decode rows. rows: that draw a token:
+    decode rows and those whose prompts end. sequences: that chunks belong to.
+    """
+
+    tokens: int
+    rows: int
+    sequences: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return self.tokens - self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +36,9 @@ class ExecutorLimits:
     ceil(max_model_len / block_size) columns. max_prefill_tokens: tokens of one chunk, and of all
     chunks that it runs in one call. max_prefills: chunks of one plan. max_logprobs: most
     alternatives per token.
-    model_revision: identifies weights and numerics for the prefix cache.
+    model_revision: identifies weights and numerics for the prefix cache. mixed_sizes: ascending; a
+    plan that fits one costs one pass over the weights, any other two or more if it has both decode
+    rows and chunks.
     """
 
     num_rows: int
@@ -32,6 +51,7 @@ class ExecutorLimits:
     vocab_size: int
     max_logprobs: int
     model_revision: str
+    mixed_sizes: tuple[MixedSize, ...] = ()
 
     @property
     def max_blocks_per_row(self) -> int:

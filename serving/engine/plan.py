@@ -90,6 +90,11 @@ class StepPlan:
     steps: int = 1
     masks: Mapping[int, UInt32] = field(default_factory=dict)
 
+    def drawing_rows(self) -> Int32:
+        """Rows of the result, int32 [n]: decode rows, then those whose prompts end, in order."""
+        ended = [chunk.row for chunk in self.prefills if chunk.samples]
+        return np.concatenate([self.decode_rows, np.asarray(ended, np.int32)])
+
 
 @dataclass(frozen=True, slots=True)
 class LogprobArrays:

@@ -94,16 +94,22 @@ class Planner:
     def _prefill_tokens(self) -> int:
         """Prompt tokens this step has room for: fewer where decodes would wait for them.
 
-        A power of two, as calls are, of at least the smallest amount.
+        A power of two, as calls are, of at least the smallest amount; or what a mixed call of so
+        many tokens, or the next larger one, has room for beside the decodes.
         """
         left = self._waiting.tokens
         for queue in self._batch.prefilling.values():
             for request in queue:
                 left += len(request.context) - request.prefilled
-        if not left or self._spread_steps == 1 or not self._batch.members()[1]:
+        decoding = len(self._batch.members()[1])
+        if not left or self._spread_steps == 1 or not decoding:
             return self._prefill_budget
         share = max(-(-left // self._spread_steps), self._least_prefill)
-        return min(1 << (share - 1).bit_length(), self._prefill_budget)
+        tokens = min(1 << (share - 1).bit_length(), self._prefill_budget)
+        for size in self._limits.mixed_sizes:
+            if size.tokens >= tokens and size.rows >= decoding:
+                return min(size.prompt_tokens, self._prefill_budget)
+        return tokens
 
     def _steps(self) -> int:
         """Several decode steps at once only when nothing waits and memory is there for all."""

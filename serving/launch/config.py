@@ -94,6 +94,9 @@ class BatchSettings:
     max_prefills: int = _setting(
         16, "Prompts that one step prefills, packed together.", minimum=1, maximum=256
     )
+    mixed_calls: bool = _setting(
+        True, "On a GPU, run a step's decodes and short prompt chunks in one pass over the weights."
+    )
     decode_steps: int = _setting(
         1, "Decode steps taken without returning to the host when nothing waits.", minimum=1
     )

@@ -11,6 +11,7 @@ from serving.engine.config import EngineConfig
 from serving.engine.core import EngineCore
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
 from serving.engine.device.build import LOADED, WEIGHTS
+from serving.engine.device.config import gpu_mixed_calls
 from serving.engine.executor import Executor
 from serving.launch.config import ServeConfig
 from serving.launch.gpu_memory import share_of_jax
@@ -62,7 +63,9 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
         chunk = 1 << (batching.token_budget.bit_length() - 1)
         calls = (*(size for size in _CALLS if size < chunk), chunk)
     memory_fraction = batching.memory_fraction
+    mixed: tuple[tuple[int, int], ...] = ()
     if platform == "gpu":
+        mixed = gpu_mixed_calls(batching.num_rows, chunk) if batching.mixed_calls else ()
         memory_fraction = share_of_jax(memory_fraction, os.environ)
     return DeviceExecutorConfig(
         max_model_len=model.max_model_len,
@@ -73,6 +76,7 @@ def executor_config(config: ServeConfig, model: ServedModel, platform: str) -> D
         max_prefill_tokens=chunk,
         max_prefills=batching.max_prefills,
         prefill_buckets=calls,
+        mixed_calls=mixed,
         dtype=dtype,
         cache_dir=cache_dir(config.model) / "programs",
     )

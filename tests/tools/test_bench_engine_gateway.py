@@ -48,6 +48,7 @@ def test_a_worker_gets_the_settings_of_the_engine(tmp_path):
     given = dict(flag.removeprefix("--").split("=") for flag in flags if "=" in flag)
     assert given["model"] == "random:tiny-llama"
     assert given["token_budget"] == "36"  # every row and a whole prefill call
+    assert given["mixed_calls"] == "False"
     assert (given["num_rows"], given["replicas"], given["num_blocks"]) == ("4", "1", "64")
     assert float(given["memory_fraction"]) == pytest.approx(0.45)
     free = dataclasses.replace(SETTINGS, num_blocks=None, step_tokens=50)

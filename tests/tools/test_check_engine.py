@@ -42,10 +42,11 @@ def test_smoke_run_compares_with_xla_and_gives_a_results_file(tmp_path):
     content = json.loads((tmp_path / "check.json").read_text())
     rows = {one["name"]: one for one in content["rows"]}
     assert list(rows) == [
-        "prefill", "decode, batch 2", "decode, batch 1",
+        "prefill", "decode, batch 2", "decode, batch 1", "mixed, 32 tokens with 2 rows",
         "XLA by itself, decode of few rows against all",
     ]  # fmt: skip
     assert [rows[f"decode, batch {batch}"]["positions"] for batch in (1, 2)] == [2, 4]
+    assert rows["mixed, 32 tokens with 2 rows"]["positions"] == 4
     assert all(one["most"] < 1e-4 and one["listed"] == 1.0 for one in rows.values())
     assert content["settings"]["tolerance"]["mean"] == 0.03
 
@@ -114,6 +115,13 @@ def test_texts_are_forced_and_positions_are_the_right_ones(executor, source, tex
             assert_says(found, row, expected, texts.generated(row, index))
     assert_says(first, 0, plain_logprobs(source, texts, 0, 2), texts.generated(0, 2))
     assert errors(first, picked([again], [0])).most < 1e-4
+    mixed = run.mixed([1], [0], 10)
+    assert run.given(2).tolist() == [1, 4]
+    assert_says(mixed, 0, plain_logprobs(source, texts, 1, 3), texts.generated(1, 3))
+    assert_says(mixed, 1, plain_logprobs(source, texts, 0, 0), texts.generated(0, 0))
+    assert errors(mixed, picked([after_prompts, again], [1, 0], [1, 0])).most > 1e-2
+    end = Logprobs(mixed.chosen[1:], mixed.best_ids[1:], mixed.best[1:])
+    assert errors(end, picked([after_prompts], [0], [0])).most < 1e-4
 
 
 def test_other_weights_are_found_out(executor, texts):

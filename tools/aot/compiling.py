@@ -29,7 +29,7 @@ ProgramKey = tuple[Any, ...]
 CompileProgress = Callable[[int, int, str], None]
 """Called with (programs done, all of them, name of the last)."""
 
-_UNITS = ("decode_unit", "prefill_unit")
+_UNITS = ("decode_unit", "prefill_unit", "mixed_unit")
 
 
 class DoesNotCompileError(LumenError):
@@ -79,7 +79,7 @@ def compile_programs(
     """
     settings = plan.deployment.settings
     lowerings = ProgramBuilder(plan.shapes).lowerings(
-        settings.decode_buckets, settings.chunk_buckets
+        settings.decode_buckets, settings.chunk_buckets, settings.mixed_sizes
     )
     chosen = {key: lower for key, lower in lowerings.items() if wanted(key)}
     found: dict[ProgramKey, CompiledProgram] = {}
@@ -178,6 +178,7 @@ def _lasting_bytes(plan: Plan, kind: str) -> int:
     return {
         "decode_embed": weights.embedding,
         "prefill_embed": weights.embedding,
+        "mixed_embed": weights.embedding,
         "head": weights.head,
         "zero_arena": plan.arena_bytes,
     }.get(kind, 0)

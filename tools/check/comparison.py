@@ -80,10 +80,14 @@ def errors(found: Logprobs, reference: Logprobs) -> Errors:
     )
 
 
-def picked(table: Sequence[Logprobs], indices: Sequence[int]) -> Logprobs:
-    """Of row i what `table[indices[i]]` says: table has one entry for each step, of all rows."""
-    rows = range(len(indices))
-    pairs = list(zip(indices, rows, strict=True))
+def picked(
+    table: Sequence[Logprobs], indices: Sequence[int], rows: Sequence[int] | None = None
+) -> Logprobs:
+    """Of rows[i] what `table[indices[i]]` says: table has one entry for each step, of all rows.
+
+    rows: None: the first ones.
+    """
+    pairs = list(zip(indices, rows or range(len(indices)), strict=True))
     return Logprobs(
         np.stack([table[index].chosen[row] for index, row in pairs]),
         np.stack([table[index].best_ids[row] for index, row in pairs]),

@@ -4,7 +4,8 @@ Both executors load the same weights, one after the other, so that each has the 
 the fast one with the settings and programs it serves with, the reference with few. Each is forced
 along the same random texts (`forced`). The reference takes all rows through every step at once. The
 fast one takes all prompts, and then for each batch size some steps of so many rows: with a batch
-of one, row 0 goes on from where the larger batches left it.
+of one, row 0 goes on from where the larger batches left it. Of each size of mixed call it takes as
+many steps: the last rows go on, and the ends of the first rows' prompts are run once more.
 
 How large errors of bfloat16 are that nobody can help is shown by the reference itself, run once
 more with another batch size.
@@ -24,7 +25,7 @@ from lumen_kernels.target import Backend, Target
 
 from lumen.tensor_source import TensorSource
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
-from serving.engine.executor import Executor
+from serving.engine.executor import Executor, MixedSize
 from tools.bench.engine.engine import EngineSettings, executor_config
 from tools.check.comparison import Errors, errors, picked
 from tools.check.forced import ForcedRun, Logprobs, Texts, joined, random_texts
@@ -33,6 +34,9 @@ ITSELF = "XLA by itself, decode of few rows against all"
 
 _FEW = 16
 """Rows of the reference's other batch size, and sequences of its prefill calls."""
+
+_PROMPTS = 4
+"""That end in one mixed call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ class _ReferenceConfig(DeviceExecutorConfig):
 def check(
     source: TensorSource, settings: EngineSettings, plan: Plan, cache_dir: Path | None
 ) -> dict[str, Errors]:
-    """Errors by what was computed: prefill, each decode batch, and `ITSELF`, the reference's."""
+    """Errors by what was computed: prefill, each decode batch, each size of mixed call, and
+    `ITSELF`, the reference's."""
     rows = max(plan.batches)
     texts = random_texts(rows, plan.shortest, plan.longest, plan.more, source.config.vocab_size)
     fast, places = _fast(source, settings, plan, texts, cache_dir)
@@ -72,12 +77,16 @@ def check(
     table, itself = _reference(source, settings, plan, texts, cache_dir)
     found = {"prefill": errors(fast["prefill"], table[0])}
     for name, steps in places.items():
-        reference = joined([picked(table, given) for given in steps])
+        reference = joined([picked(table, given, rows) for given, rows in steps])
         found[name] = errors(fast[name], reference)
     few = len(itself[0].chosen)
     first = [Logprobs(one.chosen[:few], one.best_ids[:few], one.best[:few]) for one in table[2:]]
     found[ITSELF] = errors(joined(itself), joined(first[: len(itself)]))
     return found
+
+
+_Places = list[tuple[list[int], list[int]]]
+"""For each step how far the rows were that it took on, and which they were."""
 
 
 def _fast(
@@ -86,21 +95,41 @@ def _fast(
     plan: Plan,
     texts: Texts,
     cache_dir: Path | None,
-) -> tuple[dict[str, Logprobs], dict[str, list[list[int]]]]:
-    """By name what was computed, and for each step of it how far each row was."""
-    run = ForcedRun(
-        _built(source, executor_config(settings, cache_dir), "fast path"), texts, plan.chunk
-    )
+) -> tuple[dict[str, Logprobs], dict[str, _Places]]:
+    """By name what was computed, and where."""
+    executor = _built(source, executor_config(settings, cache_dir), "fast path")
+    run = ForcedRun(executor, texts, plan.chunk)
     found = {"prefill": run.prefill()}
-    places: dict[str, list[list[int]]] = {}
+    places: dict[str, _Places] = {}
     for batch in sorted(plan.batches, reverse=True):
         name = f"decode, batch {batch}"
         places[name], parts = [], []
         for _ in range(plan.steps):
-            places[name].append(run.given(batch).tolist())
+            places[name].append((run.given(batch).tolist(), list(range(batch))))
             parts.append(run.decode(batch))
         found[name] = joined(parts)
+    for size in executor.limits.mixed_sizes:
+        name = f"mixed, {size.tokens} tokens with {size.rows} rows"
+        steps = [_mixed_step(run, size, plan, texts.rows) for _ in range(plan.steps)]
+        taken = [step for step in steps if step is not None]
+        if taken:
+            places[name] = [place for place, _ in taken]
+            found[name] = joined([part for _, part in taken])
     return found, places
+
+
+def _mixed_step(
+    run: ForcedRun, size: MixedSize, plan: Plan, rows: int
+) -> tuple[tuple[list[int], list[int]], Logprobs] | None:
+    """Half of the call's rows decode, a few prompts end; None if all rows are at their ends."""
+    given = run.given(rows).tolist()
+    prompts = list(range(min(_PROMPTS, size.sequences, size.rows // 2, rows // 2)))
+    decoding = [row for row in range(len(prompts), rows) if given[row] < plan.more]
+    decoding = decoding[-(size.rows // 2) :]
+    if not decoding or not prompts:
+        return None
+    indices = [*(given[row] for row in decoding), *[0] * len(prompts)]
+    return (indices, [*decoding, *prompts]), run.mixed(decoding, prompts, size.prompt_tokens)
 
 
 def _reference(

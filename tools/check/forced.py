@@ -119,6 +119,29 @@ class ForcedRun:
         result = self._run(every.tolist(), decode_rows=every)
         return _taken(result, slice(0, rows))
 
+    def mixed(self, decoding: Sequence[int], prompts: Sequence[int], tokens: int) -> Logprobs:
+        """One step in which rows decode and other rows' prompts end, in this order.
+
+        decoding: ascending. prompts: rows whose prompts have run; of each the end runs once more,
+        of all together at most so many tokens, and the row is put back behind it.
+        """
+        each = tokens // len(prompts)
+        chunks = []
+        for row in prompts:
+            length = self._texts.prompt_lengths[row]
+            start = max(length - each, 0)
+            chunks.append(PrefillChunk(row, start, self._texts.tokens[row, start:length], True))
+        self._done[list(prompts)] = 0
+        result = self._run(
+            [*decoding, *prompts],
+            decode_rows=np.array(decoding, np.int32),
+            prefills=tuple(chunks),
+            assignments=tuple(
+                RowAssignment(chunk.row, chunk.start, _SAMPLING, ()) for chunk in chunks
+            ),
+        )
+        return _taken(result, slice(0, len(decoding) + len(prompts)))
+
     def given(self, rows: int) -> Int32:
         """Tokens behind the prompt that the first so many rows have been given: int32 [rows]."""
         return self._done[:rows].copy()

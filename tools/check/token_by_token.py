@@ -1,8 +1,8 @@
 """A tiny model through the whole engine, each token against a plain recomputation.
 
 Requests of mixed lengths, more of them than there are rows, prompts longer than a prefill call,
-and fewer blocks than all rows can fill: so prompts are cut and packed, rows are reused, and
-requests are preempted and computed again.
+and fewer blocks than all rows can fill: so prompts are cut and packed, run beside decodes in mixed
+calls, rows are reused, and requests are preempted and computed again.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _PROMPTS = (1, 2, 15, 16, 17, 31, 33, 40, 64, 65, 100, 7, 90, 3)
 SETTINGS = EngineSettings(
     model="", dtype="float32", max_model_len=128, num_rows=4, block_size=16,
     prefill_buckets=(32,), max_prefills=4, memory_fraction=0.9, num_blocks=16, step_tokens=None,
-    decode_steps=1, pipeline_depth=2, compile_threads=8,
+    decode_steps=1, pipeline_depth=2, compile_threads=8, mixed_calls=((32, 4),),
 )  # fmt: skip
 
 

@@ -155,6 +155,7 @@ def _limits(
         max_prefills=config.max_prefills,
         vocab_size=model.config.vocab_size,
         max_logprobs=_max_logprobs(model.config, config),
+        mixed_sizes=config.mixed_sizes,
         # Sums over devices round differently, so KV of another width is not reused.
         model_revision=f"{model.revision}:tensor{model.mesh.size}",
     )

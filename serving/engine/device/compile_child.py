@@ -64,7 +64,7 @@ def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
     shapes = recipe.shapes()
     options = compiler_options(shapes.mesh.devices.flat[0].platform)
     lowerings = ProgramBuilder(shapes, recipe.target).lowerings(
-        recipe.decode_buckets, dict(recipe.chunk_buckets)
+        recipe.decode_buckets, dict(recipe.chunk_buckets), recipe.mixed_sizes
     )
     return lambda key: packed_executable(lowerings[key]().compile(compiler_options=options))
 

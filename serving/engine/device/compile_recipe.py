@@ -17,6 +17,7 @@ from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.program_identity import code_identity, jax_settings
 from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.executor import MixedSize
 
 Answer = tuple[bytes | None, str]
 """Of a child: (what `packed_executable` made, "") or (None, why nothing came of it)."""
@@ -46,6 +47,7 @@ class Recipe:
     device_ids: tuple[int, ...]
     decode_buckets: tuple[int, ...]
     chunk_buckets: tuple[tuple[int, int], ...]
+    mixed_sizes: tuple[MixedSize, ...]
     settings: dict[str, Any]
     identity: str
 
@@ -84,6 +86,7 @@ def recipe(
     target: Target,
     decode_buckets: tuple[int, ...],
     chunk_buckets: Mapping[int, int],
+    mixed_sizes: tuple[MixedSize, ...] = (),
 ) -> Recipe:
     """The recipe of a replica's programs; to be called where its devices are."""
     devices = list(shapes.mesh.devices.flat)
@@ -102,6 +105,7 @@ def recipe(
         device_ids=tuple(device.id for device in devices),
         decode_buckets=decode_buckets,
         chunk_buckets=tuple(chunk_buckets.items()),
+        mixed_sizes=mixed_sizes,
         settings=jax_settings(),
         identity=code_identity(shapes, target),
     )

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.engine.device.prefill_calls import most_sequences
+from serving.engine.executor import MixedSize
 from serving.errors import ConfigurationError
 
 _SMALLEST_PREFILL_BUCKET = 16
+
+_MIXED_CALLS = ((256, 64), (512, 64), (512, 128))
+"""Where an 8B model on an H200 gains most: of longer calls the weights are a small part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +21,9 @@ class DeviceExecutorConfig:
     call, and of one prompt's chunk; max_prefills: prompts whose chunks one plan has, which a call
     packs as far as its size allows. prefill_buckets: tokens of the calls that programs are
     compiled for, ascending, the last one max_prefill_tokens; None: powers of two from 16.
+    mixed_calls: (tokens, rows) of the calls that run decode rows and prompt chunks in one pass over
+    the weights: tokens in all, of which so many are the rows', one of `decode_buckets`; of what
+    fits none of them, rows and chunks take a pass each.
     num_blocks, arena_bytes (per device): size of the KV arena, at most one of them; neither: what
     `memory_fraction` of an accelerator's memory leaves beside the weights; on a CPU enough for
     every row at full length, within 1 GiB unless a single request needs more.
@@ -36,6 +43,7 @@ class DeviceExecutorConfig:
     max_prefill_tokens: int = 512
     max_prefills: int = 16
     prefill_buckets: tuple[int, ...] | None = None
+    mixed_calls: tuple[tuple[int, int], ...] = ()
     dtype: str = "float32"
     max_logprobs: int = 20
     compile_threads: int = 4
@@ -71,6 +79,12 @@ class DeviceExecutorConfig:
                 f"prefill_buckets is {buckets}; it must be ascending and end with "
                 f"max_prefill_tokens ({self.max_prefill_tokens})."
             )
+        for tokens, rows in self.mixed_calls:
+            if rows not in self.decode_buckets or tokens <= rows:
+                raise ConfigurationError(
+                    f"mixed_calls has ({tokens}, {rows}); rows must be a batch size of decodes, "
+                    f"one of {self.decode_buckets}, and tokens more than them."
+                )
 
     @property
     def decode_buckets(self) -> tuple[int, ...]:
@@ -92,6 +106,21 @@ class DeviceExecutorConfig:
             buckets = _doubling(_SMALLEST_PREFILL_BUCKET, self.max_prefill_tokens)
         sizes = self.decode_buckets
         return {tokens: most_sequences(tokens, self.max_prefills, sizes) for tokens in buckets}
+
+    @property
+    def mixed_sizes(self) -> tuple[MixedSize, ...]:
+        """What the calls of `mixed_calls` take, ascending."""
+        sizes = self.decode_buckets
+        return tuple(
+            MixedSize(tokens, rows, most_sequences(tokens - rows, self.max_prefills, sizes))
+            for tokens, rows in sorted(set(self.mixed_calls))
+        )
+
+
+def gpu_mixed_calls(num_rows: int, max_prefill_tokens: int) -> tuple[tuple[int, int], ...]:
+    """`DeviceExecutorConfig.mixed_calls` for a GPU: few, as each takes its time to compile."""
+    calls = {(tokens, min(rows, num_rows)) for tokens, rows in _MIXED_CALLS}
+    return tuple(sorted(call for call in calls if call[0] <= max_prefill_tokens))
 
 
 def _step_after(size: int) -> int:

@@ -12,6 +12,7 @@ from lumen_kernels.paged_attention.options import Arena
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import CompileWatch
 from serving.engine.device.decode_batch import DecodeBatch, DecodeBatches
+from serving.engine.device.mixed_call import mixed_size_of
 from serving.engine.device.prefill_calls import (
     CallSize,
     PrefillCall,
@@ -20,7 +21,7 @@ from serving.engine.device.prefill_calls import (
 )
 from serving.engine.device.programs import HeadKind, Programs
 from serving.engine.device.rows import RowState, mask_array
-from serving.engine.executor import ExecutorLimits
+from serving.engine.executor import ExecutorLimits, MixedSize
 from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, StepPlan, StepResult
 from serving.errors import ExecutorError
 
@@ -127,6 +128,8 @@ class DeviceExecutor:
         for size in self._call_sizes:
             packed, hidden = self._run_prefill(PrefillCall(size, ()))
             done += self._programs.prefill_last[size.tokens](hidden, packed)
+        for mixed in self._limits.mixed_sizes:
+            done += self._run_mixed(mixed, StepPlan(0))
         self._batches.forget()
         jax.block_until_ready((done, self._arena))
 
@@ -176,6 +179,9 @@ class DeviceExecutor:
     def _start(self, flight: _InFlight) -> None:
         plan = flight.plan
         self._rows.apply(plan)
+        if mixed := mixed_size_of(plan, self._limits.mixed_sizes):
+            self._dispatch_mixed(flight, mixed)
+            return
         if plan.decode_rows.size:
             self._dispatch_decode(flight)
             if plan.steps > 1 and not self._interrupted.is_set():
@@ -247,6 +253,33 @@ class DeviceExecutor:
             )
         return packed, hidden
 
+    def _dispatch_mixed(self, flight: _InFlight, size: MixedSize) -> None:
+        """All of a plan in one call."""
+        plan = flight.plan
+        hidden, device_rows, lengths = self._run_mixed(size, plan)
+        rows = plan.drawing_rows()
+        kind = self._rows.head_kind(rows, masked=bool(plan.masks))
+        padded: Int32 = np.full(size.rows, self._rows.padding, np.int32)
+        padded[: rows.size] = rows
+        sampling = self._put(self._rows.sampling(padded))
+        flight.steps.append(
+            self._sample(
+                kind, rows, size.rows, hidden, device_rows, lengths, sampling, dict(plan.masks)
+            )
+        )
+
+    def _run_mixed(self, size: MixedSize, plan: StepPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What head takes: the hidden states that something is sampled behind, rows and lengths."""
+        programs = self._programs
+        packed = self._put(self._rows.pack_mixed(size, plan))
+        hidden, *step, (places, rows, lengths) = programs.mixed_embed[size](
+            self._model.embedding, self._last_tokens, packed
+        )
+        unit = programs.mixed_unit[size]
+        for weights, offsets in zip(self._model.units, self._offsets, strict=True):
+            hidden, self._arena = unit(weights, hidden, self._arena, *step, offsets)
+        return programs.mixed_last[size](hidden, places), rows, lengths
+
     def _sample(
         self,
         kind: HeadKind,
@@ -296,8 +329,7 @@ class DeviceExecutor:
             columns.append(_tokens(flight.steps[taken]))
         if plan.steps > 1:
             self._interrupted.clear()
-        ended = [chunk.row for chunk in plan.prefills if chunk.samples]
-        drew = np.concatenate([plan.decode_rows, np.asarray(ended, np.int32)])
+        drew = plan.drawing_rows()
         if not drew.size:
             return StepResult(plan.step_id, NO_ROWS, np.zeros((0, 0), np.int32))
         tokens = np.stack(columns, axis=1)

@@ -5,16 +5,22 @@ from typing import Any
 
 from serving.engine.device.program_signature import UNTOLD
 from serving.engine.device.programs import ProgramBuilder
+from serving.engine.executor import MixedSize
 
 
 class ArgumentLister(ProgramBuilder):
     """Goes the way of a `ProgramBuilder` up to where tracing would begin."""
 
     def arguments(
-        self, decode_buckets: Sequence[int], chunk_buckets: Mapping[int, int]
+        self,
+        decode_buckets: Sequence[int],
+        chunk_buckets: Mapping[int, int],
+        mixed_sizes: Sequence[MixedSize] = (),
     ) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         """The keys of `lowerings` to the arguments of that program: trees of shape structs."""
-        listed: dict[tuple[Any, ...], Any] = {**self.lowerings(decode_buckets, chunk_buckets)}
+        listed: dict[tuple[Any, ...], Any] = {
+            **self.lowerings(decode_buckets, chunk_buckets, mixed_sizes)
+        }
         return {key: arguments() for key, arguments in listed.items()}
 
     def _lower(

@@ -22,7 +22,10 @@ from serving.engine.device.program_source import Key, Source
 from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
-_SLOWEST = ("decode_unit", "prefill_unit", HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED)
+_SLOWEST = (
+    "mixed_unit", "decode_unit", "prefill_unit",
+    HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED,
+)  # fmt: skip
 """Kinds of programs that take long to make, the longest first. Of units, those of few rows do."""
 
 _log = logging.getLogger(__name__)
@@ -43,9 +46,10 @@ class ProgramMaking:
         self._cache: ProgramCache | None = None
         self._children: ChildPrograms | None = None
         self._begun = False
-        decode, chunks = config.decode_buckets, config.chunk_buckets
-        arguments = ArgumentLister(shapes).arguments(decode, chunks)
-        lowerings = ProgramBuilder(shapes).lowerings(decode, chunks)
+        chunks = config.chunk_buckets
+        buckets = (config.decode_buckets, chunks, config.mixed_sizes)
+        arguments = ArgumentLister(shapes).arguments(*buckets)
+        lowerings = ProgramBuilder(shapes).lowerings(*buckets)
         self._sources = {
             _name(key, chunks): Source(key, lowerings[key], arguments[key])
             for key in sorted(lowerings, key=_slowest_first)
@@ -73,7 +77,10 @@ class ProgramMaking:
             return
         config = self._config
         try:
-            what = recipe(self.shapes, self._target, config.decode_buckets, config.chunk_buckets)
+            what = recipe(
+                self.shapes, self._target, config.decode_buckets, config.chunk_buckets,
+                config.mixed_sizes,
+            )  # fmt: skip
         except Exception as error:  # a backend says in its own way that it cannot be described
             _log.warning("All programs are compiled in one process: %s", error)
             return
@@ -113,7 +120,8 @@ class ProgramMaking:
 
 def program_count(config: DeviceExecutorConfig) -> int:
     """How many programs a replica has."""
-    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + len(config.chunk_buckets) * 3
+    calls = len(config.chunk_buckets) + len(config.mixed_sizes)
+    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + calls * 3
 
 
 def _name(key: Key, chunks: dict[int, int]) -> str:

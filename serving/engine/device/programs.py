@@ -1,14 +1,15 @@
 """The compiled programs of a replica: what runs on its devices in a step.
 
 A decode step is embed, one call per unit, head; a prefill call, which takes chunks of several
-prompts, is embed, one call per unit and, if any of them samples, last and head. Each kind is
-compiled once per bucket; all units share one program, because a unit's place is an argument.
+prompts, is embed, one call per unit and, if any of them samples, last and head; a mixed call does
+both in one pass. Each kind is compiled once per bucket; all units share one program, because a
+unit's place is an argument.
 Everything runs inside one `shard_map` over the tensor axis.
 """
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from lumen_kernels.target import Target
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS
 from serving.engine.device.compilation import Compiled
+from serving.engine.device.mixed_programs import Description, MixedPrograms
 from serving.engine.device.program_shapes import (
     ARENA,
     SAMPLING_FIELDS,
@@ -29,6 +31,7 @@ from serving.engine.device.program_shapes import (
     ProgramShapes,
 )
 from serving.engine.device.step_attention import Offsets, Schedule, Step, StepAttention
+from serving.engine.executor import MixedSize
 
 
 class HeadKind(enum.Enum):
@@ -51,6 +54,11 @@ class Programs:
     prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule
     prefill_unit[c](unit, hidden, arena, call, step, schedule, offsets) -> hidden, arena
     prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
+    mixed_embed[size](embedding, last_tokens, packed) -> hidden [size.tokens, hidden size],
+        context, step, decode schedule, prefill schedule, (places [b], rows [b], lengths [b])
+    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets)
+        -> hidden, arena
+    mixed_last[size](hidden, places) -> hidden [b, hidden size]
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
     zero_arena() -> arena
@@ -62,8 +70,10 @@ class Programs:
     row. lengths: tokens including the one being run, 0 for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
+    size: a `MixedSize`, whose rows are a batch b that head takes. packed, places: of a mixed call,
+    see `mixed_call.MixedArrays`; context: a `MixedContext`.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
-    hidden and arena are donated, except the hidden of prefill_last.
+    hidden and arena are donated, except the hidden of prefill_last and mixed_last.
     """
 
     decode_embed: dict[int, Compiled]
@@ -73,6 +83,9 @@ class Programs:
     prefill_last: dict[int, Compiled]
     head: dict[tuple[int, HeadKind], Compiled]
     zero_arena: Compiled
+    mixed_embed: dict[MixedSize, Compiled] = field(default_factory=dict)
+    mixed_unit: dict[MixedSize, Compiled] = field(default_factory=dict)
+    mixed_last: dict[MixedSize, Compiled] = field(default_factory=dict)
 
 
 class ProgramBuilder:
@@ -93,9 +106,15 @@ class ProgramBuilder:
         self._platforms = platforms
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
         self._attention = StepAttention(shapes, self._target)
+        self._mixed = MixedPrograms(
+            shapes, self._attention, self._target, self._axis, self._schedule_shape
+        )
 
     def lowerings(
-        self, decode_buckets: Sequence[int], chunk_buckets: Mapping[int, int]
+        self,
+        decode_buckets: Sequence[int],
+        chunk_buckets: Mapping[int, int],
+        mixed_sizes: Sequence[MixedSize] = (),
     ) -> dict[tuple[Any, ...], Callable[[], jax.stages.Lowered]]:
         """(field of Programs, bucket, ...) to a function that lowers that program.
 
@@ -109,6 +128,8 @@ class ProgramBuilder:
             found["decode_unit", b] = partial(self._decode_unit, b)
         for c, s in sorted(chunk_buckets.items(), reverse=True):
             found["prefill_unit", c] = partial(self._prefill_unit, c, s)
+        for size in mixed_sizes:
+            found["mixed_unit", *size] = partial(self._described, self._mixed.unit, size)
         for b in decode_buckets:
             for kind in HeadKind:
                 found["head", b, kind] = partial(self._head, b, kind)
@@ -116,7 +137,15 @@ class ProgramBuilder:
         for c, s in chunk_buckets.items():
             found["prefill_embed", c] = partial(self._prefill_embed, c, s)
             found["prefill_last", c] = partial(self._prefill_last, c, s)
+        for size in mixed_sizes:
+            found["mixed_embed", *size] = partial(self._described, self._mixed.embed, size)
+            found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
         return found
+
+    def _described(
+        self, describe: Callable[[MixedSize], Description], size: MixedSize
+    ) -> jax.stages.Lowered:
+        return self._lower(*describe(size))
 
     def _zero_arena(self) -> jax.stages.Lowered:
         arena = self._shapes.arena()

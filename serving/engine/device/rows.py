@@ -3,9 +3,11 @@
 import numpy as np
 import numpy.typing as npt
 
+from serving.engine.device.mixed_call import mixed_arrays, mixed_length
 from serving.engine.device.prefill_calls import PrefillCall
 from serving.engine.device.program_shapes import SAMPLING_FIELDS, SEQUENCE_FIELDS
 from serving.engine.device.programs import HeadKind
+from serving.engine.executor import MixedSize
 from serving.engine.plan import Int32, StepPlan
 
 
@@ -79,6 +81,34 @@ class RowState:
             if chunk.samples:
                 sampling[index] = chunk.row
             self._kv_len[chunk.row] = chunk.start + count
+        self.lengths_version += 1
+        return packed
+
+    def pack_mixed(self, size: MixedSize, plan: StepPlan) -> Int32:
+        """The plan as one mixed call, as `mixed_arrays` takes it apart; the rows grow by it."""
+        columns = self._tables.shape[1]
+        packed = np.zeros(mixed_length(size, columns), np.int32)
+        call = mixed_arrays(packed, size, columns)
+        decoding, drawing = plan.decode_rows, plan.drawing_rows()
+        self.grow(decoding, 1)
+        call.rows[:] = call.drawn_rows[:] = self.padding
+        call.rows[: decoding.size] = decoding
+        call.lengths[: decoding.size] = self._kv_len[decoding]
+        call.tables[: decoding.size] = self._tables[decoding]
+        call.places[: decoding.size] = np.arange(decoding.size)
+        end, drawn = 0, decoding.size
+        for index, chunk in enumerate(plan.prefills):
+            count = chunk.tokens.size
+            call.tokens[end : end + count] = chunk.tokens
+            end += count
+            call.tables[size.rows + index] = self._tables[chunk.row]
+            call.starts[index], call.counts[index] = chunk.start, count
+            self._kv_len[chunk.row] = chunk.start + count
+            if chunk.samples:
+                call.places[drawn] = size.rows + end - 1
+                drawn += 1
+        call.drawn_rows[:drawn] = drawing
+        call.drawn_lengths[:drawn] = self._kv_len[drawing]
         self.lengths_version += 1
         return packed
 

@@ -39,6 +39,18 @@ Schedule = tuple[jax.Array, ...]
 Offsets = tuple[jax.Array, ...]
 """Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
 
+
+class MixedContext(NamedTuple):
+    """What the tokens of a mixed call attend to, all int32: of r decode rows tables [r, t] and
+    lengths [r], of s sequences that chunks belong to tables [s, t], starts and counts [s]."""
+
+    decode_tables: jax.Array
+    lengths: jax.Array
+    prefill_tables: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+
+
 _Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
 
 
@@ -77,6 +89,16 @@ class StepAttention:
         """tables int32 [sequences, t], starts and counts int32 [sequences], of so many tokens."""
         return self._step(tables, *stream_positions(starts, counts, tokens))
 
+    def mixed_step(self, context: MixedContext, prompt_tokens: int) -> Step:
+        """Of a mixed call's decode rows, then of its prompt tokens."""
+        count = context.lengths.shape[0]
+        rows, positions = stream_positions(context.starts, context.counts, prompt_tokens)
+        return self._step(
+            jnp.concatenate([context.decode_tables, context.prefill_tables]),
+            jnp.concatenate([jnp.arange(count, dtype=jnp.int32), count + rows]),
+            jnp.concatenate([context.lengths - 1, positions]),
+        )
+
     def _step(self, tables: jax.Array, rows: jax.Array, positions: jax.Array) -> Step:
         config, block_size = self._shapes.config, self._shapes.arena_layout.block_size
         table = rotation(jnp.maximum(positions, 0), inverse_frequencies(config))
@@ -111,14 +133,7 @@ class StepAttention:
         offsets: Offsets,
     ) -> Attend:
         """Attention of a unit's layers in a decode step."""
-
-        def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
-            return paged_attention.decode(
-                q, k, v, arena, tables, lengths, offset,
-                schedule=next(iter(schedule), None), **self._options(),
-            )  # fmt: skip
-
-        return self._attend(step, offsets, read)
+        return self._attend(step, offsets, self._decode_read(schedule, tables, lengths))
 
     def prefill_attend(
         self,
@@ -130,14 +145,54 @@ class StepAttention:
         offsets: Offsets,
     ) -> Attend:
         """Attention of a unit's layers in a prefill call."""
+        return self._attend(step, offsets, self._prefill_read(schedule, tables, starts, counts))
 
+    def mixed_attend(
+        self,
+        step: Step,
+        decode_schedule: Schedule,
+        prefill_schedule: Schedule,
+        context: MixedContext,
+        offsets: Offsets,
+    ) -> Attend:
+        """Attention of a unit's layers in a mixed call: decode's and prefill's, one for each part.
+
+        No token of one part is in the context of the other.
+        """
+        count = context.lengths.shape[0]
+        parts = (slice(count), slice(count, None))
+        decode = self._decode_read(decode_schedule, context.decode_tables, context.lengths)
+        prefill = self._prefill_read(
+            prefill_schedule, context.prefill_tables, context.starts, context.counts
+        )
+
+        def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
+            first, rest = ([x if x is None else x[part] for x in (q, k, v)] for part in parts)
+            decoded, _, arena = decode(*first, arena, offset)
+            prefilled, _, arena = prefill(*rest, arena, offset)
+            return jnp.concatenate([decoded, prefilled]), None, arena
+
+        return self._attend(step, offsets, read)
+
+    def _decode_read(self, schedule: Schedule, tables: jax.Array, lengths: jax.Array) -> _Read:
+        def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
+            return paged_attention.decode(
+                q, k, v, arena, tables, lengths, offset,
+                schedule=next(iter(schedule), None), **self._options(),
+            )  # fmt: skip
+
+        return read
+
+    def _prefill_read(
+        self, schedule: Schedule, tables: jax.Array, starts: jax.Array, counts: jax.Array
+    ) -> _Read:
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
             return paged_attention.prefill(
                 q, k, v, arena, tables, starts, counts, offset,
                 schedule=next(iter(schedule), None), **self._options(),
             )  # fmt: skip
 
-        return self._attend(step, offsets, read)
+        return read
 
     def _attend(self, step: Step, offsets: Offsets, read: _Read) -> Attend:
         kv_heads, eps = self._heads.kv_per_device, self._shapes.config.rms_norm_eps

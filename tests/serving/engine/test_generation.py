@@ -5,6 +5,7 @@ import pytest
 
 from serving.engine.config import EngineConfig
 from serving.engine.events import StepDone
+from serving.engine.executor import MixedSize
 from serving.engine.plan import NO_ROWS, StepResult
 from serving.engine.request import FinishReason, Priority
 from serving.errors import ConfigurationError, InternalError
@@ -65,6 +66,56 @@ def test_prompts_are_spread_over_steps_while_others_decode(make_driver, make_pro
     assert prefilled[0] == 30
     # 60 tokens are left, 44, 28, 20, 12, 8, 6, 4, 2: a quarter, rounded up.
     assert prefilled[1:10] == [16, 16, 8, 8, 4, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((), [16, 16, 8]),
+        (((16, 4, 2), (32, 4, 2)), [12, 12, 12]),  # 60, 48, 36 tokens are left: 16 of each
+        (((8, 2, 1), (32, 4, 2)), [28, 6]),  # a quarter of 60 is more than the smaller one takes
+    ],
+)
+def test_prompts_beside_decodes_fill_a_mixed_call(make_driver, make_prompt, sizes, expected):
+    """One whose tokens are at least what a step should take, and whose rows hold the decodes."""
+    driver = make_driver(
+        limits={
+            "max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12,
+            "mixed_sizes": tuple(MixedSize(*size) for size in sizes),
+        },
+        config={"spread_steps": 4, "min_prefill_tokens": 2, "prefix_caching": False},
+    )  # fmt: skip
+    driver.add("first", make_prompt(30), max_tokens=30)
+    driver.step()
+    for index in range(3):
+        driver.add(f"r{index}", make_prompt(20, index), max_tokens=4)
+    driver.run()
+    driver.assert_as_reference()
+    prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
+    assert prefilled[0] == 30
+    assert prefilled[1 : 1 + len(expected)] == expected
+
+
+def test_more_decodes_than_mixed_calls_take_are_as_without_any(make_driver, make_prompt):
+    driver = make_driver(
+        limits={
+            "max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12,
+            "mixed_sizes": (MixedSize(32, 2, 2),),
+        },
+        config={"spread_steps": 4, "min_prefill_tokens": 16, "prefix_caching": False},
+    )  # fmt: skip
+    for index in range(2):
+        driver.add(f"early{index}", make_prompt(5, index), max_tokens=30)
+    driver.step()
+    driver.add("third", make_prompt(40, 2), max_tokens=30)
+    driver.step()  # beside two decodes
+    driver.step()
+    driver.add("fourth", make_prompt(40, 3), max_tokens=2)
+    driver.step()  # beside three
+    driver.run()
+    driver.assert_as_reference()
+    prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
+    assert prefilled[:5] == [10, 30, 10, 16, 16]
 
 
 def test_a_spread_of_one_fills_every_step(make_driver, make_prompt):

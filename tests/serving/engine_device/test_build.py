@@ -12,6 +12,7 @@ from lumen.sharding import HeadLayout
 from serving.engine.device import DeviceExecutor, DeviceExecutorConfig, build_device_executor
 from serving.engine.device.arena import arena_layout
 from serving.engine.device.compilation import CompileWatch
+from serving.engine.device.config import gpu_mixed_calls
 from serving.engine.device.memory import DeviceMemory
 from serving.errors import ConfigurationError, ExecutorError
 
@@ -32,6 +33,8 @@ def build(weights, **changes):
         ({"num_blocks": 8, "arena_bytes": 8}, "give one of them"),
         ({"memory_fraction": 0.0}, "more than 0"),
         ({"prefill_buckets": (8, 32)}, "end with max_prefill_tokens"),
+        ({"mixed_calls": ((16, 2),)}, r"\(16, 2\); rows must be a batch size of decodes, one of"),
+        ({"mixed_calls": ((1, 1),)}, "tokens more than them"),
         ({"max_model_len": 513}, "the model goes up to 512 tokens"),
         ({"num_blocks": 7}, r"holds 7 blocks \(112 tokens\), but one request .* needs 8"),
         ({"arena_bytes": 1}, "lower max_model_len to at most 0"),
@@ -87,6 +90,23 @@ def test_buckets_cover_every_size():
     assert config.chunk_buckets == {16: 1, 32: 2, 64: 4, 100: 8}
     few = dataclasses.replace(config, max_prefill_tokens=512, max_prefills=3)
     assert few.chunk_buckets == {16: 1, 32: 2, 64: 4, 128: 4, 256: 4, 512: 4}
+
+
+def test_mixed_calls_take_as_many_sequences_as_their_prompt_tokens_allow():
+    config = DeviceExecutorConfig(
+        max_model_len=8, num_rows=128, mixed_calls=gpu_mixed_calls(128, 512)
+    )
+    assert config.mixed_sizes == ((256, 64, 16), (512, 64, 16), (512, 128, 16))
+    assert dataclasses.replace(config, max_prefills=32).mixed_sizes[1:] == (
+        (512, 64, 32), (512, 128, 32),
+    )  # fmt: skip
+    assert config.mixed_sizes[0].prompt_tokens == 192
+
+
+def test_gpu_mixed_calls_are_no_larger_than_rows_and_prefill_calls():
+    assert gpu_mixed_calls(16, 4096) == ((256, 16), (512, 16))
+    assert gpu_mixed_calls(100, 256) == ((256, 64),)
+    assert gpu_mixed_calls(100, 128) == ()
 
 
 def test_batch_sizes_grow_in_smaller_steps_the_larger_they_are():

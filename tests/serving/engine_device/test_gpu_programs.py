@@ -17,6 +17,7 @@ from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.arena import ArenaLayout
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.programs import HeadKind, ProgramBuilder
+from serving.engine.executor import MixedSize
 
 LAYERS = 4
 MAX_LOGPROBS = 20
@@ -41,21 +42,24 @@ def test_programs_lower_for_hopper(tensor: int, head_dim: int, block_size: int) 
     texts = {
         key[:2]: lower().as_text()
         for key, lower in builder(tensor, head_dim, block_size)
-        .lowerings([1, 64], {256: 16})
+        .lowerings([1, 64], {256: 16}, [MixedSize(256, 64, 16)])
         .items()
         if key[0] != "zero_arena"
     }
-    assert {kind for kind, _ in texts} >= {"decode_unit", "prefill_unit", "decode_embed", "head"}
+    units = {"decode_unit", "prefill_unit", "mixed_unit"}
+    assert {kind for kind, _ in texts} >= {*units, "decode_embed", "mixed_embed", "head"}
     for key, text in texts.items():
         kernels = text.count(KERNEL)
         # What is the same for all layers is computed by the embed programs.
         assert ("stablehlo.cosine" in text) == key[0].endswith("_embed"), key
-        if key[0] not in ("decode_unit", "prefill_unit"):
+        if key[0] not in units:
             assert kernels == 0, key
             continue
         # Rotation with KV write, and attention, one kernel each for all layers, the first norm and
         # those that a product is added before, and at most one matmul for each of the four shapes.
-        assert 3 <= kernels <= 8, key
+        # A mixed call has both kinds of attention.
+        more = key[0] == "mixed_unit"
+        assert 3 + more <= kernels <= 8 + more, key
         # The one that writes the arena does it in place.
         writes = re.search(r"func.func private @write.*?\n  }\n", text, re.DOTALL)
         assert writes, key

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import jax
@@ -27,15 +28,15 @@ def test_a_second_start_says_that_all_was_loaded(made, tmp_path_factory, caplog)
 
 
 @pytest.mark.parametrize(
-    ("platform", "budget", "most", "calls"),
+    ("platform", "budget", "most", "calls", "mixed"),
     [
-        ("cpu", 512, 64, None),  # as long as the model takes
-        ("gpu", 4608, 4096, (128, 256, 512, 1024, 2048, 4096)),
-        ("tpu", 256, 256, (128, 256)),
-        ("gpu", 100, 64, (64,)),
+        ("cpu", 512, 64, None, ()),  # as long as the model takes
+        ("gpu", 4608, 4096, (128, 256, 512, 1024, 2048, 4096), ((256, 16), (512, 16))),
+        ("tpu", 256, 256, (128, 256), ()),
+        ("gpu", 100, 64, (64,), ()),
     ],
 )
-def test_prefill_calls_fit_the_budget_and_the_platform(platform, budget, most, calls):
+def test_calls_fit_the_budget_and_the_platform(platform, budget, most, calls, mixed):
     config = ServeConfig(
         model=ModelSettings(model="random:tiny-smollm", max_model_len=64),
         batching=BatchSettings(token_budget=budget),
@@ -43,3 +44,6 @@ def test_prefill_calls_fit_the_budget_and_the_platform(platform, budget, most, c
     made = executor_config(config, served_model(config.model), platform)
     assert made.max_prefill_tokens == most
     assert made.prefill_buckets == calls
+    assert made.mixed_calls == mixed
+    off = dataclasses.replace(config, batching=BatchSettings(mixed_calls=False))
+    assert executor_config(off, served_model(off.model), platform).mixed_calls == ()

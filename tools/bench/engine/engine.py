@@ -85,6 +85,7 @@ class EngineSettings:
     pipeline_depth: int
     compile_threads: int
     tensor_parallel: int = 1
+    mixed_calls: tuple[tuple[int, int], ...] = ()
 
 
 def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
@@ -98,6 +99,7 @@ def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceE
         max_prefill_tokens=settings.prefill_buckets[-1],
         max_prefills=settings.max_prefills,
         prefill_buckets=settings.prefill_buckets,
+        mixed_calls=settings.mixed_calls,
         dtype=settings.dtype,
         compile_threads=settings.compile_threads,
         cache_dir=cache_dir,

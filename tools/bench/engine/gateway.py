@@ -35,7 +35,7 @@ _JAX_DEFAULT = 0.75  # of a GPU, where the environment says nothing
 def serve_flags(settings: EngineSettings, cache_dir: Path, environ: Mapping[str, str]) -> list[str]:
     """Flags of lumen-serve for an engine with these settings.
 
-    The sizes of prefill calls are not among them: a worker derives them from its budget. cache_dir:
+    The sizes of calls are not among them: a worker derives them from its budget. cache_dir:
     Lumen's. environ: says how much of a GPU JAX takes; `memory_fraction` of the settings is of
     that, lumen-serve's is of all. Raises ValueError for what a worker cannot be told.
     """
@@ -51,6 +51,7 @@ def serve_flags(settings: EngineSettings, cache_dir: Path, environ: Mapping[str,
         "num_rows": settings.num_rows,
         "token_budget": budget,
         "max_prefills": settings.max_prefills,
+        "mixed_calls": bool(settings.mixed_calls),
         "decode_steps": settings.decode_steps,
         "block_size": settings.block_size,
         "memory_fraction": settings.memory_fraction * taken,
