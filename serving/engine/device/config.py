@@ -9,7 +9,7 @@ from serving.errors import ConfigurationError
 
 _SMALLEST_PREFILL_BUCKET = 16
 
-_MIXED_CALLS = ((256, 64), (512, 64), (512, 128))
+_MIXED_CALLS = ((256, 64), (512, 64), (512, 128), (1024, 128), (1024, 256))
 """Where an 8B model on an H200 gains most: of longer calls the weights are a small part."""
 
 

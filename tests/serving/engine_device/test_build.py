@@ -104,7 +104,7 @@ def test_mixed_calls_take_as_many_sequences_as_their_prompt_tokens_allow():
 
 
 def test_gpu_mixed_calls_are_no_larger_than_rows_and_prefill_calls():
-    assert gpu_mixed_calls(16, 4096) == ((256, 16), (512, 16))
+    assert gpu_mixed_calls(16, 4096) == ((256, 16), (512, 16), (1024, 16))
     assert gpu_mixed_calls(100, 256) == ((256, 64),)
     assert gpu_mixed_calls(100, 128) == ()
 

@@ -31,7 +31,7 @@ def test_a_second_start_says_that_all_was_loaded(made, tmp_path_factory, caplog)
     ("platform", "budget", "most", "calls", "mixed"),
     [
         ("cpu", 512, 64, None, ()),  # as long as the model takes
-        ("gpu", 4608, 4096, (128, 256, 512, 1024, 2048, 4096), ((256, 16), (512, 16))),
+        ("gpu", 4608, 4096, (128, 256, 512, 1024, 2048, 4096), ((256, 16), (512, 16), (1024, 16))),
         ("tpu", 256, 256, (128, 256), ()),
         ("gpu", 100, 64, (64,), ()),
     ],
