@@ -18,9 +18,9 @@ class EngineConfig:
         up to one device step and saves returns to the host.
     max_step_tokens: token budget of a step, decodes first. None: every row and one whole prefill
         call of the executor, which several prompts share.
-    spread_steps: while requests decode, a step prefills that part of all prompt tokens not yet
-        computed, so that a few prompts do not hold it up and many still go through at full speed;
-        1: as many as the budget takes.
+    spread_steps: while interactive requests decode, a step prefills that part of all prompt tokens
+        not yet computed, so that a few prompts do not hold it up and many still go through at full
+        speed; 1: as many as the budget takes, which it always does beside requests of class batch.
     min_prefill_tokens: but at least so many, if they are there and the budget takes them: smaller
         calls of a model that streams its weights cost more per token.
     watermark: share of the blocks that stays available when a request is admitted beside others,

@@ -92,20 +92,21 @@ class Planner:
         return self._seal(draft, step_id, steps)
 
     def _prefill_tokens(self) -> int:
-        """Prompt tokens this step has room for: fewer where decodes would wait for them.
+        """Prompt tokens this step has room for: fewer where somebody waits for each token.
 
-        A power of two, as calls are, of at least the smallest amount; or what a mixed call of so
-        many tokens, or the next larger one, has room for beside the decodes.
+        That is where requests of the highest class decode. Then it is a power of two, as calls are,
+        of at least the smallest amount; or what a mixed call of so many tokens, or the next larger
+        one, has room for beside the decodes.
         """
         left = self._waiting.tokens
         for queue in self._batch.prefilling.values():
             for request in queue:
                 left += len(request.context) - request.prefilled
-        decoding = len(self._batch.members()[1])
-        if not left or self._spread_steps == 1 or not decoding:
+        if not left or self._spread_steps == 1 or not self._batch.decoding_count(Priority.HIGH):
             return self._prefill_budget
         share = max(-(-left // self._spread_steps), self._least_prefill)
         tokens = min(1 << (share - 1).bit_length(), self._prefill_budget)
+        decoding = len(self._batch.members()[1])
         for size in self._limits.mixed_sizes:
             if size.tokens >= tokens and size.rows >= decoding:
                 return min(size.prompt_tokens, self._prefill_budget)

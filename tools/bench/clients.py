@@ -1,7 +1,7 @@
 """The two protocols a benchmark can speak."""
 
 import json
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import grpc
@@ -85,12 +85,18 @@ def _read_event(line: bytes, record: RequestRecord) -> bool:
 
 
 class GrpcClient:
-    """lumen.v1 Generate."""
+    """lumen.v1 Generate. slo_class: of all requests; interactive unless given."""
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float,
+        slo_class: Any = pb.SLO_CLASS_INTERACTIVE,
+    ) -> None:
         self._channel = grpc.aio.insecure_channel(address)
         self._stub = pb_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
+        self._slo_class = slo_class
 
     async def send(self, task: Task, record: RequestRecord) -> None:
         """See Client."""
@@ -99,6 +105,7 @@ class GrpcClient:
             sampling=pb.SamplingParams(
                 temperature=0.0, max_tokens=task.output_tokens, ignore_eos=True
             ),
+            slo_class=self._slo_class,
             include_text=False,
         )
         try:

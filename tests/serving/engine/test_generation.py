@@ -118,15 +118,18 @@ def test_more_decodes_than_mixed_calls_take_are_as_without_any(make_driver, make
     assert prefilled[:5] == [10, 30, 10, 16, 16]
 
 
-def test_a_spread_of_one_fills_every_step(make_driver, make_prompt):
+@pytest.mark.parametrize(("spread", "priority"), [(1, Priority.HIGH), (4, Priority.LOW)])
+def test_steps_are_filled_if_told_or_beside_the_batch_class(
+    make_driver, make_prompt, spread, priority
+):
     driver = make_driver(
         limits={"max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 60, "num_rows": 12},
-        config={"spread_steps": 1, "prefix_caching": False},
+        config={"spread_steps": spread, "min_prefill_tokens": 2, "prefix_caching": False},
     )
-    driver.add("first", make_prompt(30), max_tokens=30)
+    driver.add("first", make_prompt(30), priority=priority, max_tokens=30)
     driver.step()
     for index in range(3):
-        driver.add(f"r{index}", make_prompt(20, index), max_tokens=4)
+        driver.add(f"r{index}", make_prompt(20, index), priority=priority, max_tokens=4)
     driver.run()
     prefilled = [sum(chunk.tokens.size for chunk in plan.prefills) for plan in driver.plans]
     assert prefilled[1:4] == [32, 28, 0]

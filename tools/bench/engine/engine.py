@@ -16,7 +16,7 @@ from serving.engine.device import DeviceExecutorConfig, build_device_executor
 from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.executor import Executor
 from serving.engine.loop import LoopPorts, ReplicaThread
-from serving.engine.request import EngineRequest, RequestOutput, SamplingParams
+from serving.engine.request import EngineRequest, Priority, RequestOutput, SamplingParams
 from serving.errors import ConfigurationError
 from serving.policy.snapshot import ReplicaLoad
 from tools.bench.engine.receipts import EngineError, Receipt, Receipts
@@ -187,17 +187,20 @@ class InProcessEngine:
         return self._limits.max_model_len
 
     def generate(self, jobs: Sequence[Job]) -> Run:
-        """Run jobs that come all at once, greedily. Raises EngineError unless every token came."""
+        """Run jobs that come all at once, greedily, in class batch: only their end counts.
+
+        Raises EngineError unless every token came.
+        """
         self.clock.steps = []
         started = time.perf_counter()
-        receipts = [self.submit(job) for job in jobs]
+        receipts = [self.submit(job, Priority.LOW) for job in jobs]
         ended = self.drain()
         for receipt in receipts:
             receipt.check_whole()
         tokens = sum(len(receipt.tokens) for receipt in receipts)
         return Run(ended - started, tokens, self.clock.steps)
 
-    def submit(self, job: Job) -> Receipt:
+    def submit(self, job: Job, priority: Priority = Priority.HIGH) -> Receipt:
         """Hand over one request, greedy; what becomes of it is in the receipt, as it comes.
 
         Raises EngineError if the engine has failed.
@@ -207,7 +210,7 @@ class InProcessEngine:
         self._requests += 1
         receipt = self._receipts.add(str(self._requests), job)
         sampling = SamplingParams(temperature=0.0, max_tokens=job.output_tokens, ignore_eos=True)
-        request = EngineRequest(receipt.request_id, 1, job.prompt, sampling)
+        request = EngineRequest(receipt.request_id, 1, job.prompt, sampling, priority=priority)
         self._thread.post(AddRequest(request))
         return receipt
 

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from serving.api.proto import lumen_v1_pb2 as pb
 from tools.bench.clients import GrpcClient
 from tools.bench.load import run_open_loop
 from tools.bench.workload import Task
@@ -20,7 +21,7 @@ _TIMEOUT_S = 600.0
 
 
 async def _serve(address: str) -> None:
-    client = GrpcClient(address, _TIMEOUT_S)
+    client = GrpcClient(address, _TIMEOUT_S, pb.SLO_CLASS_BATCH)
     loop = asyncio.get_running_loop()
 
     async def heard() -> str:
