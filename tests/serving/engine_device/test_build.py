@@ -129,7 +129,7 @@ def test_progress_counts_weights_and_programs(executor, build_steps):
 def test_programs_update_the_arena_in_place(executor):
     limits = executor.limits
     arena = limits.num_blocks * limits.slots_per_block * 2 * limits.block_size * 8 * 4
-    programs = executor._programs
+    programs = executor._passes.programs
     for unit in (*programs.decode_unit.values(), *programs.prefill_unit.values()):
         memory = unit.memory_analysis()
         assert memory.alias_size_in_bytes >= arena
@@ -146,14 +146,14 @@ def test_the_watch_sees_a_compilation():
 
 
 def test_a_failing_device_is_reported_once_and_for_all(executor, drive, prompt):
-    programs = executor._programs
+    programs = executor._passes.programs
 
     def broken(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
     heads = dict.fromkeys(programs.head, broken)
     failing = DeviceExecutor(
-        executor._model,
+        executor._passes.model,
         dataclasses.replace(programs, head=heads),
         executor.limits,
         programs.zero_arena(),
@@ -186,20 +186,20 @@ def test_every_program_has_run_once_before_the_first_request(executor):
         return run
 
     tables = {
-        field.name: getattr(executor._programs, field.name)
-        for field in dataclasses.fields(executor._programs)
+        field.name: getattr(executor._passes.programs, field.name)
+        for field in dataclasses.fields(executor._passes.programs)
     }
     noting = {
         kind: {key: noted((kind, key), program) for key, program in table.items()}
         for kind, table in tables.items()
         if kind != "zero_arena"
     }
-    programs = dataclasses.replace(executor._programs, **noting)
-    arena = executor._programs.zero_arena()
-    fresh = DeviceExecutor(executor._model, programs, executor.limits, arena)
+    programs = dataclasses.replace(executor._passes.programs, **noting)
+    arena = executor._passes.programs.zero_arena()
+    fresh = DeviceExecutor(executor._passes.model, programs, executor.limits, arena)
     fresh.rehearse()
     expected = {(kind, key) for kind, table in tables.items() if kind in noting for key in table}
     assert set(ran) == expected
-    assert not any(np.asarray(segment).any() for segment in fresh._arena)
-    assert not fresh._rows._kv_len.any()
-    assert not np.asarray(fresh._last_tokens).any()
+    assert not any(np.asarray(segment).any() for segment in fresh._passes.arena)
+    assert not fresh._passes.rows._kv_len.any()
+    assert not np.asarray(fresh._passes.last_tokens).any()

@@ -98,8 +98,8 @@ def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch
     assert len(names) == 1 + 6 + 3
     assert not lowered
     assert not [name for name in names if name.endswith(LOADED)]
-    arena = sum(segment.nbytes for segment in executor._arena)
-    assert executor._programs.decode_unit[1].memory_analysis().alias_size_in_bytes >= arena
+    arena = sum(segment.nbytes for segment in executor._passes.arena)
+    assert executor._passes.programs.decode_unit[1].memory_analysis().alias_size_in_bytes >= arena
     here = build_device_executor(weights("tiny-smollm"), jax.devices()[1:2], CONFIG)
     tokens = drive(executor).generate(0, prompt(20), 8)
     assert tokens == drive(here).generate(0, prompt(20), 8)
@@ -133,7 +133,7 @@ def test_a_wrong_guess_of_the_arena_is_made_good(weights, tmp_path, monkeypatch)
     config = dataclasses.replace(CONFIG, num_blocks=None, memory_fraction=0.01, cache_dir=tmp_path)
     executor = build_device_executor(weights("tiny-smollm"), jax.devices()[1:2], config)
     limits = executor.limits
-    (arena,) = executor._arena
+    (arena,) = executor._passes.arena
     block = limits.slots_per_block * arena[0].nbytes
     assert limits.num_blocks == (int((1 << 30) * 0.01) - (1 << 20)) // block
     assert arena.shape[0] == limits.num_blocks * limits.slots_per_block
@@ -143,7 +143,7 @@ def test_the_arena_is_foreseen_from_the_weights(executor):
     config = preset("tiny-smollm")
     heads = HeadLayout(config.num_heads, config.num_kv_heads, 1)
     foreseen = build._weight_bytes(config, model_defs(config, heads, jnp.dtype(jnp.float32)))
-    model = executor._model
+    model = executor._passes.model
     arrays = {id(array): array for array in jax.tree.leaves((model.embedding, model.units))}
     arrays |= {id(array): array for array in model.head}
     rounded = sum(-(-array.nbytes // 256) * 256 for array in arrays.values())

@@ -59,16 +59,16 @@ def counted(executor):
 
     kinds = ("mixed_embed", "decode_embed", "prefill_embed")
     programs = dataclasses.replace(
-        executor._programs,
+        executor._passes.programs,
         **{
             kind: {
                 key: noted(kind, program)
-                for key, program in getattr(executor._programs, kind).items()
+                for key, program in getattr(executor._passes.programs, kind).items()
             }
             for kind in kinds
         },
     )
-    again = DeviceExecutor(executor._model, programs, executor.limits, programs.zero_arena())
+    again = DeviceExecutor(executor._passes.model, programs, executor.limits, programs.zero_arena())
     return again, made
 
 
@@ -202,7 +202,7 @@ def test_a_prompt_goes_on_from_call_to_call(mixed, drive, prompt):
 def test_the_arena_stays_where_it_is(mixing):
     limits = mixing.limits
     arena = limits.num_blocks * limits.slots_per_block * 2 * limits.block_size * 8 * 4
-    (unit,) = mixing._programs.mixed_unit.values()
+    (unit,) = mixing._passes.programs.mixed_unit.values()
     memory = unit.memory_analysis()
     assert memory.alias_size_in_bytes >= arena
     assert memory.temp_size_in_bytes < arena / 4
@@ -213,9 +213,9 @@ def test_every_mixed_program_has_run_before_the_first_request(mixed):
     executor, made = mixed
     executor.rehearse()
     assert made.count("mixed_embed") == len(executor.limits.mixed_sizes)
-    assert not any(np.asarray(segment).any() for segment in executor._arena)
-    assert not executor._rows._kv_len.any()
-    assert not np.asarray(executor._last_tokens).any()
+    assert not any(np.asarray(segment).any() for segment in executor._passes.arena)
+    assert not executor._passes.rows._kv_len.any()
+    assert not np.asarray(executor._passes.last_tokens).any()
 
 
 def plan_of(decoding, counts, ended):

@@ -29,7 +29,7 @@ def wide(weights, cache_dir):
 def calls(wide):
     """The executor of `wide` again, and a list that grows with each prefill call it makes."""
     made: list[int] = []
-    programs = wide._programs
+    programs = wide._passes.programs
     ((size, program),) = programs.prefill_embed.items()
 
     def counted(*arguments):
@@ -37,7 +37,7 @@ def calls(wide):
         return program(*arguments)
 
     programs = dataclasses.replace(programs, prefill_embed={size: counted})
-    return DeviceExecutor(wide._model, programs, wide.limits, programs.zero_arena()), made
+    return DeviceExecutor(wide._passes.model, programs, wide.limits, programs.zero_arena()), made
 
 
 def alone(driver, prompts, count, samplings=None):
@@ -147,9 +147,9 @@ def test_a_failing_call_fails_the_plan(wide, prompt):
     def broken(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
 
-    lasts = dict.fromkeys(wide._programs.prefill_last, broken)
-    programs = dataclasses.replace(wide._programs, prefill_last=lasts)
-    failing = DeviceExecutor(wide._model, programs, wide.limits, programs.zero_arena())
+    lasts = dict.fromkeys(wide._passes.programs.prefill_last, broken)
+    programs = dataclasses.replace(wide._passes.programs, prefill_last=lasts)
+    failing = DeviceExecutor(wide._passes.model, programs, wide.limits, programs.zero_arena())
     chunks = tuple(PrefillChunk(row, 0, prompt(9, row), True) for row in range(3))
     failing.submit(StepPlan(1, prefills=chunks))
     result = failing.collect()

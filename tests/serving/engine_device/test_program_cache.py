@@ -120,7 +120,7 @@ def test_loaded_programs_update_the_arena_in_place(weights, filled):
     executor, _ = start(weights, filled[0])
     limits = executor.limits
     arena = limits.num_blocks * limits.slots_per_block * 2 * limits.block_size * 8 * 4
-    for unit in executor._programs.decode_unit.values():
+    for unit in executor._passes.programs.decode_unit.values():
         assert unit.memory_analysis().alias_size_in_bytes >= arena
 
 
