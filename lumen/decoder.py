@@ -86,7 +86,6 @@ class DecoderUnit(nnx.Module):
 
     def __init__(self, config: ModelConfig, heads: HeadLayout, dtype: Any) -> None:
         self.config = config
-        self.heads = heads
         layers = config.unit_layers
         self.layers = nnx.List([DecoderLayer(config, heads, dtype) for _ in range(layers)])
         self.norms = nnx.Param(jnp.zeros((layers, 2, config.hidden_size), jnp.float32))

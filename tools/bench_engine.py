@@ -29,42 +29,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lumen.errors import LumenError
-from serving.engine.device.config import gpu_mixed_calls
 from tools.bench import results
 from tools.bench.engine import start_up
 from tools.bench.engine.engine import EngineSettings, build
 from tools.bench.engine.report import markdown
 from tools.bench.engine.runner import WORK_NAMES, Options, Outcome, run
+from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.engine.trace import read_trace
 from tools.bench.engine.trace_latency import TraceOptions
 
-_MODEL = flags.DEFINE_string("model", "random:llama-3.1-8b", "What --model of lumen-serve takes.")
 _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
 _REPS = flags.DEFINE_integer("reps", 3, "Runs of each work: one sample each.")
 _STARTS = flags.DEFINE_integer("starts", 1, "Cold starts, and warm ones: one sample each.")
-_TENSOR = flags.DEFINE_integer("tensor_parallel", 1, "Devices of the replica.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Precision.")
-_ROWS = flags.DEFINE_integer("num_rows", 512, "Requests run side by side.")
-_BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
-_CHUNKS = flags.DEFINE_list(
-    "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
-)
-_PREFILLS = flags.DEFINE_integer(
-    "max_prefills", 32, "Prompts that one step prefills, packed together."
-)
 _BUDGET = flags.DEFINE_integer(
     "step_tokens", None, "Tokens of one step. Default: every row and one whole prefill call."
 )
 _DECODE_STEPS = flags.DEFINE_integer("decode_steps", 1, "Decode steps of one plan.")
 _DEPTH = flags.DEFINE_integer("pipeline_depth", 2, "Plans submitted at a time, 1 or 2.")
-_MIXED = flags.DEFINE_bool(
-    "mixed_calls", True, "Decodes and short prompt chunks of a step in one pass over the weights."
-)
-_MODEL_LEN = flags.DEFINE_integer("max_model_len", 16448, "Tokens of one request.")
-_MEMORY = flags.DEFINE_float("memory_fraction", 0.9, "Share of the memory JAX has.")
-_BLOCKS = flags.DEFINE_integer("num_blocks", None, "KV blocks. Default: what memory leaves.")
-_THREADS = flags.DEFINE_integer("compile_threads", 8, "Programs compiled at a time.")
-_CACHE = flags.DEFINE_string("cache_dir", "", "Compiled programs. Default: an empty folder.")
 _PROFILE = flags.DEFINE_string("profile", "", "Folder to keep the profiles of `idle` in.")
 _TRACE = flags.DEFINE_string("trace", "", "CSV file of requests for `itl`. Empty: not measured.")
 _TRACE_START = flags.DEFINE_float("trace_start", 0.0, "Where `itl` begins in the trace, in s.")
@@ -74,7 +55,10 @@ _SATURATION = flags.DEFINE_float("saturation", None, "Requests/s. Default: searc
 _TRIAL_SECONDS = flags.DEFINE_float("trial_seconds", 15.0, "Of each trial in that search.")
 _TRIALS = flags.DEFINE_integer("trials", 3, "Rates tried in it, after an estimate.")
 _GATEWAY = flags.DEFINE_list(
-    "gateway", ["c", "d"], "Works to measure through a gateway and a worker, too. Empty: none."
+    "gateway",
+    ["c", "d"],
+    "Works to measure through a gateway and a worker, too; by default those of them that --works "
+    "has. Empty: none.",
 )
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and tiny work, to see that all works.")
 _JSON = flags.DEFINE_string("json", "", "Results file to write, raw samples in it.")
@@ -87,8 +71,9 @@ _BARS = "Peer, floors and aims are those of one H200."
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected argument {arguments[1]!r}; see --help.")
-    cache = Path(_CACHE.value) if _CACHE.value else None
+    cache = cache_dir()
     try:
+        results.check_writable(_JSON.value, _MARKDOWN.value)
         options = Options(
             settings=_smoke_settings() if _SMOKE.value else _settings(),
             works=tuple(_WORKS.value),
@@ -99,7 +84,7 @@ def main(arguments: list[str]) -> None:
             cache_dir=cache,
             profile_dir=Path(_PROFILE.value) if _PROFILE.value else None,
             trace=_trace(),
-            gateway=tuple(_GATEWAY.value),
+            gateway=_gateway(),
         )
         if _START_ONLY.value:
             print(start_up.report(build(options.settings, cache)))
@@ -112,8 +97,16 @@ def main(arguments: list[str]) -> None:
         sys.exit("bench_engine: " + "; ".join(outcome.failures))
 
 
+def _gateway() -> tuple[str, ...]:
+    """The works named, or by default those of them that are measured in process, too."""
+    named = flags.FLAGS["gateway"].present
+    return tuple(name for name in _GATEWAY.value if named or name in _WORKS.value)
+
+
 def _trace() -> TraceOptions | None:
     if not _TRACE.value:
+        if _SATURATION.value is not None:
+            raise ValueError("--saturation is of a trace; give --trace, too.")
         return None
     return TraceOptions(
         requests=read_trace(Path(_TRACE.value)),
@@ -127,23 +120,10 @@ def _trace() -> TraceOptions | None:
 
 
 def _settings() -> EngineSettings:
-    chunks = tuple(int(size) for size in _CHUNKS.value)
-    return EngineSettings(
-        model=_MODEL.value,
-        dtype=_DTYPE.value,
-        max_model_len=_MODEL_LEN.value,
-        num_rows=_ROWS.value,
-        block_size=_BLOCK.value,
-        prefill_buckets=chunks,
-        mixed_calls=gpu_mixed_calls(_ROWS.value, chunks[-1]) if _MIXED.value else (),
-        max_prefills=_PREFILLS.value,
-        memory_fraction=_MEMORY.value,
-        num_blocks=_BLOCKS.value,
+    return engine_settings(
         step_tokens=_BUDGET.value,
         decode_steps=_DECODE_STEPS.value,
         pipeline_depth=_DEPTH.value,
-        compile_threads=_THREADS.value,
-        tensor_parallel=_TENSOR.value,
     )
 
 
@@ -162,12 +142,16 @@ def _smoke_settings() -> EngineSettings:
         decode_steps=_DECODE_STEPS.value,
         pipeline_depth=_DEPTH.value,
         compile_threads=2,
+        tensor_parallel=flags.FLAGS.tensor_parallel,
     )
 
 
 def _write(options: Options, outcome: Outcome) -> None:
     settings = {
-        **{name: getattr(options, name) for name in ("works", "reps", "starts", "smoke")},
+        **{
+            name: getattr(options, name) for name in ("works", "gateway", "reps", "starts", "smoke")
+        },
+        "trace": options.trace and options.trace.settings(),
         **outcome.facts,
     }
     content = results.results(outcome.rows, settings, {})

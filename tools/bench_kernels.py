@@ -41,10 +41,11 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected argument {arguments[1]!r}; see --help.")
     try:
+        results.check_writable(_JSON.value, _MARKDOWN.value)
         options = Options(
             only=tuple(_ONLY.value),
             match=_MATCH.value,
-            pages=tuple(int(page) for page in _PAGES.value),
+            pages=_pages(),
             arena_gib=_ARENA.value,
             reps=_REPS.value,
             batch_ms=0.0 if _SMOKE.value else _BATCH.value,
@@ -59,6 +60,12 @@ def main(arguments: list[str]) -> None:
     _write(options, outcome)
     if outcome.failures:
         sys.exit("bench_kernels: " + "; ".join(outcome.failures))
+
+
+def _pages() -> tuple[int, ...]:
+    if not all(page.strip().isdecimal() for page in _PAGES.value):
+        raise ValueError(f"--pages={','.join(_PAGES.value)} must be whole numbers.")
+    return tuple(int(page) for page in _PAGES.value)
 
 
 def _write(options: Options, outcome: Outcome) -> None:

@@ -27,9 +27,9 @@ from lumen_kernels.target import Target
 from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from lumen.presets import preset
-from serving.engine.device.config import gpu_mixed_calls
 from tools.bench import results
 from tools.bench.engine.engine import EngineSettings
+from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.summary import Row
 from tools.check import fast_path, token_by_token
 from tools.check.comparison import Tolerance
@@ -39,27 +39,11 @@ from tools.check.report import FINE, error_row, markdown, token_row
 PARTS = ("fast", "tokens")
 
 _PARTS = flags.DEFINE_list("parts", list(PARTS), "What to check.")
-_MODEL = flags.DEFINE_string("model", "random:llama-3.1-8b", "Model of `fast`.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of `fast`.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32", "64", "128", "256"], "Decode batches.")
 _STEPS = flags.DEFINE_integer("steps", 6, "Decode steps of each batch.")
 _SHORTEST = flags.DEFINE_integer("shortest", 16, "Tokens of the shortest prompt.")
 _LONGEST = flags.DEFINE_integer("longest", 1536, "Tokens of the longest prompt.")
 _CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens of a prompt in one prefill call, at most.")
-_ROWS = flags.DEFINE_integer("num_rows", 256, "Rows of the engine.")
-_BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
-_CHUNKS = flags.DEFINE_list(
-    "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
-)
-_PREFILLS = flags.DEFINE_integer("max_prefills", 16, "Prompts of one prefill call.")
-_MIXED = flags.DEFINE_bool(
-    "mixed_calls", True, "Decodes and short prompt chunks of a step in one pass over the weights."
-)
-_MODEL_LEN = flags.DEFINE_integer("max_model_len", 16448, "Tokens of one request.")
-_MEMORY = flags.DEFINE_float("memory_fraction", 0.9, "Share of the memory JAX has.")
-_BLOCKS = flags.DEFINE_integer("num_blocks", None, "KV blocks. Default: what memory leaves.")
-_THREADS = flags.DEFINE_integer("compile_threads", 8, "Programs compiled at a time.")
-_CACHE = flags.DEFINE_string("cache_dir", "", "Compiled programs. Empty: none are kept.")
 _MEAN = flags.DEFINE_float("mean_tolerance", 0.03, "Of the mean error.")
 _P99 = flags.DEFINE_float("p99_tolerance", 0.1, "Of the error's 99th percentile.")
 _MOST = flags.DEFINE_float("most_tolerance", 0.3, "Of the largest error.")
@@ -78,20 +62,29 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"Unexpected argument {arguments[1]!r}; see --help.")
     rows: list[Row] = []
     try:
+        results.check_writable(_JSON.value, _MARKDOWN.value)
+        if not _PARTS.value:
+            raise ValueError("--parts must name something.")
         for part in _PARTS.value:
             if part not in PARTS:
                 raise ValueError(f"--parts={part}: no such part; there are {list(PARTS)}.")
+        settings, plan = _settings(), _plan()
+        if max(plan.batches) > settings.num_rows:
+            raise ValueError(
+                f"--batches has {max(plan.batches)}, but the engine has --num_rows="
+                f"{settings.num_rows}."
+            )
         for part in _PARTS.value:
-            rows += _fast_rows() if part == "fast" else _token_rows()
+            rows += _fast_rows(settings, plan) if part == "fast" else _token_rows()
     except (ValueError, LumenError) as error:
         sys.exit(f"check_engine: {error}")
-    settings = {
+    facts = {
         "smoke": _SMOKE.value,
         "tolerance": dataclasses.asdict(_tolerance()),
-        "engine": dataclasses.asdict(_settings()),
-        "plan": dataclasses.asdict(_plan()),
+        "engine": dataclasses.asdict(settings),
+        "plan": dataclasses.asdict(plan),
     }
-    content = results.results(rows, settings, {})
+    content = results.results(rows, facts, {})
     to = (_JSON.value, _MARKDOWN.value)
     results.publish(content, jax.devices()[0].device_kind, markdown(rows), "Errors in nats.", to)
     broken = [one for one in rows if one["verdict"] not in FINE]
@@ -100,10 +93,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"check_engine: {told}")
 
 
-def _fast_rows() -> list[Row]:
-    settings = _settings()
+def _fast_rows(settings: EngineSettings, plan: fast_path.Plan) -> list[Row]:
     source = resolve_model(settings.model).source
-    found = fast_path.check(source, settings, _plan(), _cache_dir())
+    found = fast_path.check(source, settings, plan, cache_dir())
     return [
         error_row(name, one, None if name == fast_path.ITSELF else _tolerance())
         for name, one in found.items()
@@ -117,7 +109,7 @@ def _token_rows() -> list[Row]:
     called = kernels(
         config, "float32", token_by_token.SETTINGS.block_size, Target.of([device]), platform
     )
-    found = token_by_token.check(config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), _cache_dir())
+    found = token_by_token.check(config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), cache_dir())
     name = f"{_TINY.value} with heads of {_TINY_HEAD.value}, float32"
     return [
         token_row(f"{name}, {steps} decode steps per plan", one, called)
@@ -128,6 +120,8 @@ def _token_rows() -> list[Row]:
 def _plan() -> fast_path.Plan:
     if _SMOKE.value:
         return fast_path.Plan((1, 2), steps=2, shortest=5, longest=70, chunk=16)
+    if not all(batch.strip().isdecimal() for batch in _BATCHES.value):
+        raise ValueError(f"--batches={','.join(_BATCHES.value)} must be whole numbers.")
     return fast_path.Plan(
         tuple(int(batch) for batch in _BATCHES.value),
         _STEPS.value, _SHORTEST.value, _LONGEST.value, _CHUNK.value,
@@ -138,33 +132,13 @@ def _tolerance() -> Tolerance:
     return Tolerance(_MEAN.value, _P99.value, _MOST.value, _GAP.value)
 
 
-def _cache_dir() -> Path | None:
-    return Path(_CACHE.value) if _CACHE.value else None
-
-
 def _settings() -> EngineSettings:
     if _SMOKE.value:
         return dataclasses.replace(
             token_by_token.SETTINGS, model="random:tiny-smollm", num_rows=2, num_blocks=16,
             mixed_calls=((32, 2),),
         )  # fmt: skip
-    chunks = tuple(int(size) for size in _CHUNKS.value)
-    return EngineSettings(
-        model=_MODEL.value,
-        dtype=_DTYPE.value,
-        max_model_len=_MODEL_LEN.value,
-        num_rows=_ROWS.value,
-        block_size=_BLOCK.value,
-        prefill_buckets=chunks,
-        mixed_calls=gpu_mixed_calls(_ROWS.value, chunks[-1]) if _MIXED.value else (),
-        max_prefills=_PREFILLS.value,
-        memory_fraction=_MEMORY.value,
-        num_blocks=_BLOCKS.value,
-        step_tokens=None,
-        decode_steps=1,
-        pipeline_depth=2,
-        compile_threads=_THREADS.value,
-    )
+    return engine_settings()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class EngineConfig:
     spread_steps: while interactive requests decode, a step prefills that part of all prompt tokens
         not yet computed, so that a few prompts do not hold it up and many still go through at full
         speed; 1: as many as the budget takes, which it always does beside requests of class batch.
-    min_prefill_tokens: but at least so many, if they are there and the budget takes them: smaller
+    min_prefill_tokens: but at least so many, if they are there and the budget takes them, or what
+        a mixed call of so many tokens has room for beside its rows: smaller
         calls of a model that streams its weights cost more per token.
     watermark: share of the blocks that stays available when a request is admitted beside others,
         so that it is not preempted right away by their growth.

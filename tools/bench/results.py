@@ -68,6 +68,17 @@ def publish(
         print(f"\n{text}")
 
 
+def check_writable(*paths: str) -> None:
+    """Raise ValueError if one of these files cannot be written; empty names are none."""
+    for path in filter(None, paths):
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with Path(path).open("a", encoding="utf-8"):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
+
 def hardware() -> str:
     """The machine in words: processor, cores this process may use, memory."""
     name = platform.processor() or platform.machine()

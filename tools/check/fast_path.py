@@ -26,7 +26,7 @@ from lumen_kernels.target import Backend, Target
 from lumen.tensor_source import TensorSource
 from serving.engine.device import DeviceExecutorConfig, build_device_executor
 from serving.engine.executor import Executor, MixedSize
-from tools.bench.engine.engine import EngineSettings, executor_config
+from tools.bench.engine.engine import EngineSettings, devices_of, executor_config
 from tools.check.comparison import Errors, errors, picked
 from tools.check.forced import ForcedRun, Logprobs, Texts, joined, random_texts
 
@@ -49,6 +49,15 @@ class Plan:
     shortest: int
     longest: int
     chunk: int
+
+    def __post_init__(self) -> None:
+        """Refuse what checks nothing, or never ends. Raises ValueError."""
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError("--batches must be whole numbers, each at least 1.")
+        if self.steps < 1 or self.chunk < 1:
+            raise ValueError("--steps and --chunk must be at least 1.")
+        if not 1 <= self.shortest <= self.longest:
+            raise ValueError("--shortest must be at least 1 and at most --longest.")
 
     @property
     def more(self) -> int:
@@ -97,7 +106,9 @@ def _fast(
     cache_dir: Path | None,
 ) -> tuple[dict[str, Logprobs], dict[str, _Places]]:
     """By name what was computed, and where."""
-    executor = _built(source, executor_config(settings, cache_dir), "fast path")
+    executor = _built(
+        source, devices_of(settings), executor_config(settings, cache_dir), "fast path"
+    )
     run = ForcedRun(executor, texts, plan.chunk)
     found = {"prefill": run.prefill()}
     places: dict[str, _Places] = {}
@@ -156,7 +167,7 @@ def _reference(
         cache_dir=cache_dir,
     )
     with _plain_xla():
-        executor = _built(source, config, "reference")
+        executor = _built(source, devices_of(settings), config, "reference")
     run = ForcedRun(executor, texts, settings.prefill_buckets[-1], seed=1)
     table = [run.prefill()]
     table += [run.decode(texts.rows) for _ in range(plan.more - 1)]
@@ -166,9 +177,11 @@ def _reference(
     return table, itself
 
 
-def _built(source: TensorSource, config: DeviceExecutorConfig, name: str) -> Executor:
+def _built(
+    source: TensorSource, devices: Sequence[jax.Device], config: DeviceExecutorConfig, name: str
+) -> Executor:
     started = time.perf_counter()
-    executor = build_device_executor(source, jax.devices()[:1], config)
+    executor = build_device_executor(source, devices, config)
     print(f"{name} ready after {time.perf_counter() - started:.1f} s", flush=True)
     return executor
 

@@ -30,6 +30,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import memref
 
 from lumen_kernels.dense_chain.cut import ROWS, SUBTILE, Cut, Phase, Role
+from lumen_kernels.hopper import i32, swizzled
 
 _LOADER_REGISTERS = 40
 _REGISTERS = 232
@@ -104,9 +105,7 @@ def _launch(
 
 def _scratch(cut: Cut, interpret: bool) -> dict[str, Any]:
     """Rings, staging buffers and barriers."""
-    tiles: Any = plgpu.TilingTransform((8, SUBTILE))  # type: ignore[abstract]
-    swizzle: Any = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
-    operand, bf16 = (tiles, swizzle), jnp.bfloat16
+    operand, bf16 = swizzled(SUBTILE, 2), jnp.bfloat16
     x_free: Any = plgpu.Barrier(num_arrivals=1, num_barriers=cut.x_stages)
     if cut.sharing > 1 and not interpret:
         x_free = plgpu.ClusterBarrier(
@@ -189,14 +188,14 @@ class _Block:
     def _tile_count(self, phase: Phase) -> jax.Array:
         """Tiles of this block."""
         every = self.cut.clusters
-        last = _i32(self.cut.groups(phase) + every - 1) - self.cluster
-        return lax.div(last, _i32(every))
+        last = i32(self.cut.groups(phase) + every - 1) - self.cluster
+        return lax.div(last, i32(every))
 
     def _number(self, phase: Phase, index: jax.Array) -> jax.Array:
         """Number of this block's tile `index`; the last ones of a phase may be the same."""
-        group = self.cluster + index * _i32(self.cut.clusters)
-        tile = group * _i32(self.cut.sharing) + self.member
-        return lax.min(tile, _i32(phase.columns // self.cut.tile(phase) - 1))
+        group = self.cluster + index * i32(self.cut.clusters)
+        tile = group * i32(self.cut.sharing) + self.member
+        return lax.min(tile, i32(phase.columns // self.cut.tile(phase) - 1))
 
     def _of_phase(self, name: str, phase: Phase) -> Any:
         return self.scratch[f"{name}_{self.cut.phases.index(phase)}"]
@@ -205,9 +204,9 @@ class _Block:
         """Bring this block's rows of w into their ring, phase after phase."""
         plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
         stages, free = self.cut.w_stages, self.scratch["w_free"]
-        turn = _i32(0)
+        turn = i32(0)
         for phase in self.phases:
-            steps, full = _i32(self.cut.w_steps(phase)), self._of_phase("w_full", phase)
+            steps, full = i32(self.cut.w_steps(phase)), self._of_phase("w_full", phase)
             size, subtiles = self.cut.tile(phase), self.cut.w_subtiles(phase)
             width, ring = SUBTILE * subtiles, self.w_rings[subtiles]
 
@@ -222,7 +221,7 @@ class _Block:
                 width: int = width,
                 ring: Any = ring,
             ) -> jax.Array:
-                slot = lax.rem(turn, _i32(stages))
+                slot = lax.rem(turn, i32(stages))
                 pl.when(turn >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 first = self._number(phase, lax.div(at, steps)) * size
                 columns = pl.ds(lax.rem(at, steps) * width, width)
@@ -233,9 +232,9 @@ class _Block:
                         ring.at[slot, pl.ds(half * size, size)],
                         full.at[slot],
                     )
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            turn = lax.fori_loop(_i32(0), self._tile_count(phase) * steps, step, turn)
+            turn = lax.fori_loop(i32(0), self._tile_count(phase) * steps, step, turn)
         if self.interpret:
             self._drain(turn, stages, free)
 
@@ -246,14 +245,14 @@ class _Block:
         shared = "member" if cut.sharing > 1 and not self.interpret else None
         # Others may have arrived at the first meeting already: the counter would not say.
         before = self.refs["place"][1]
-        turn = _i32(0)
+        turn = i32(0)
         for index, phase in enumerate(self.phases):
             if index > 0:
-                self.scratch["meeting"][0] = before + _i32(index * cut.blocks)
+                self.scratch["meeting"][0] = before + i32(index * cut.blocks)
                 plgpu.commit_smem()
                 _await_meeting(self.refs["meetings"], self.scratch["meeting"])
             full, subtiles = self._of_phase("x_full", phase), cut.x_subtiles_of(phase)
-            steps = _i32(phase.depth // (SUBTILE * subtiles))
+            steps = i32(phase.depth // (SUBTILE * subtiles))
 
             def step(
                 at: jax.Array,
@@ -264,14 +263,14 @@ class _Block:
                 full: Any = full,
                 subtiles: int = subtiles,
             ) -> jax.Array:
-                slot = lax.rem(turn, _i32(stages))
+                slot = lax.rem(turn, i32(stages))
                 pl.when(turn >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for source, begin, rows in self._x_parts(phase, lax.rem(at, steps), subtiles):
                     room = self.scratch["x_ring"].at[pl.ds(slot * cut.x_rows + begin, rows)]
                     plgpu.copy_gmem_to_smem(source, room, full.at[slot], collective_axes=shared)
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            turn = lax.fori_loop(_i32(0), self._tile_count(phase) * steps, step, turn)
+            turn = lax.fori_loop(i32(0), self._tile_count(phase) * steps, step, turn)
         if self.interpret or shared:
             # The interpreter wants every arrival awaited. The chip does not mind, but no block
             # may end while another of its cluster still signals it.
@@ -293,15 +292,15 @@ class _Block:
 
     def _drain(self, turn: jax.Array, stages: int, free: Any) -> None:
         def wait(turn: jax.Array, carry: jax.Array) -> jax.Array:
-            plgpu.barrier_wait(free.at[lax.rem(turn, _i32(stages))])
+            plgpu.barrier_wait(free.at[lax.rem(turn, i32(stages))])
             return carry
 
-        lax.fori_loop(lax.max(turn - _i32(stages), _i32(0)), turn, wait, _i32(0))
+        lax.fori_loop(lax.max(turn - i32(stages), i32(0)), turn, wait, i32(0))
 
     def multiply(self) -> None:
         """Multiply tile after tile, phase after phase, and store what becomes of the sums."""
         plgpu.set_max_registers(_REGISTERS, action="increase")
-        turns = (_i32(0), _i32(0))
+        turns = (i32(0), i32(0))
         for index, phase in enumerate(self.phases):
 
             def tile(at: jax.Array, turns: Any, phase: Phase = phase) -> Any:
@@ -322,7 +321,7 @@ class _Block:
                         self._finish_plain(phase, number, sums)
                 return turns
 
-            turns = lax.fori_loop(_i32(0), self._tile_count(phase), tile, turns)
+            turns = lax.fori_loop(i32(0), self._tile_count(phase), tile, turns)
             if index + 1 < len(self.phases):
                 plgpu.wait_smem_to_gmem(0)
                 _arrive_at_meeting(self.refs["meetings"])
@@ -332,7 +331,7 @@ class _Block:
         """One tile's sums [64, halves * tile] float32; turns: of the ring of x, of that of w."""
         cut, scratch, width = self.cut, self.scratch, self.cut.tile(phase) * phase.halves
         x_full, w_full = self._of_phase("x_full", phase), self._of_phase("w_full", phase)
-        x_stages, w_stages = _i32(cut.x_stages), _i32(cut.w_stages)
+        x_stages, w_stages = i32(cut.x_stages), i32(cut.w_stages)
         subtiles, together = cut.w_subtiles(phase), cut.x_subtiles_of(phase)
         ring = self.w_rings[subtiles]
 
@@ -353,11 +352,11 @@ class _Block:
                     # Waiting here, not a step later, keeps one more slot of each ring loading.
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(scratch["x_free"].at[x_slot])
-                    x_turn = x_turn + _i32(1)
+                    x_turn = x_turn + i32(1)
                 plgpu.barrier_arrive(scratch["w_free"].at[w_slot])
-                return x_turn, w_turn + _i32(1)
+                return x_turn, w_turn + i32(1)
 
-            after = lax.fori_loop(_i32(0), _i32(cut.w_steps(phase)), step, turns)
+            after = lax.fori_loop(i32(0), i32(cut.w_steps(phase)), step, turns)
             return accumulator[...], after
 
         accumulator = plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
@@ -380,7 +379,7 @@ class _Block:
         if phase.norm is None:
             return None
         size = self.cut.tile(phase)
-        row = self.refs["place"][0] + _i32(phase.norm)
+        row = self.refs["place"][0] + i32(phase.norm)
         columns = self.refs["norms"].at[row, pl.ds(number * size, size)]
         return plgpu.load(columns, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
@@ -421,7 +420,7 @@ class _Block:
             buffer[...] = inner[:, at * piece : (at + 1) * piece]
         plgpu.commit_smem()
         for at, buffer in enumerate(staging):
-            place = number * _i32(len(staging)) + _i32(at)
+            place = number * i32(len(staging)) + i32(at)
             self._store_blocked(buffer, self.refs[phase.out], place, piece)
 
     def _finish_plain(self, phase: Phase, number: jax.Array, sums: jax.Array) -> None:
@@ -437,7 +436,7 @@ class _Block:
     def _store_blocked(self, buffer: Any, ref: Any, number: jax.Array, size: int) -> None:
         """Store columns number * size .. + size, a divisor of 64, as x is read."""
         rows, parts = self.cut.rows, SUBTILE // size
-        block, part = lax.div(number, _i32(parts)), lax.rem(number, _i32(parts))
+        block, part = lax.div(number, i32(parts)), lax.rem(number, i32(parts))
         place = ref.at[pl.ds(block * rows, rows), pl.ds(part * size, size)]
         plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, rows)], place)
 
@@ -485,7 +484,3 @@ def _await_meeting(meetings: Any, goal: Any) -> None:
         mgpu.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(wait)(meetings, goal)
-
-
-def _i32(value: int) -> jax.Array:
-    return jnp.asarray(value, jnp.int32)

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lumen_kernels.hopper import i32, swizzled
 from lumen_kernels.matmul.rule import Blocking
 
 _REGISTERS = 232
@@ -96,8 +97,8 @@ class _Cut:
     def scratch(self, x_dtype: Any, out_dtype: Any, interpret: bool) -> dict[str, Any]:
         """Rings, staging buffers and barriers."""
         b, out_bytes = self.blocking, jnp.dtype(out_dtype).itemsize
-        operand = _swizzled(64, 2)
-        result = _swizzled(math.gcd(self.column_unit, 128 // out_bytes), out_bytes)
+        operand = swizzled(64, 2)
+        result = swizzled(math.gcd(self.column_unit, 128 // out_bytes), out_bytes)
         scratch: dict[str, Any] = {
             "x_ring": plgpu.SMEM((b.stages, b.block_rows, b.tile_k), x_dtype, transforms=operand),
             "w_ring": plgpu.SMEM((b.stages, b.tile_n, b.tile_k), x_dtype, transforms=operand),
@@ -161,8 +162,8 @@ class _Block:
         self.cut, self.blocking = cut, cut.blocking
         self.scratch, self.interpret = scratch, interpret
         self.cluster, self.row = lax.axis_index("cluster"), lax.axis_index("row")
-        groups, every = cut.down * cut.across, _i32(cut.clusters)
-        self.tile_count = lax.div(_i32(groups - 1) - self.cluster, every) + _i32(1)
+        groups, every = cut.down * cut.across, i32(cut.clusters)
+        self.tile_count = lax.div(i32(groups - 1) - self.cluster, every) + i32(1)
 
     def _start(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where tile number `index` starts: row and column of the result, both in units.
@@ -170,14 +171,14 @@ class _Block:
         The last tiles overlap those before them, and store the same results.
         """
         cut, b = self.cut, self.blocking
-        band, across = _i32(min(b.band, cut.down)), _i32(cut.across)
-        group = self.cluster + index * _i32(cut.clusters)
+        band, across = i32(min(b.band, cut.down)), i32(cut.across)
+        group = self.cluster + index * i32(cut.clusters)
         above = lax.div(group, band * across)
         inside = group - above * band * across
-        rows = lax.min(band, _i32(cut.down) - above * band)
+        rows = lax.min(band, i32(cut.down) - above * band)
         column = lax.div(inside, rows)
-        row = (above * band + inside - column * rows) * _i32(b.row_blocks) + self.row
-        column = lax.select(lax.rem(above, _i32(2)) == 0, column, _i32(cut.across - 1) - column)
+        row = (above * band + inside - column * rows) * i32(b.row_blocks) + self.row
+        column = lax.select(lax.rem(above, i32(2)) == 0, column, i32(cut.across - 1) - column)
         return (
             _limited(row, b.block_rows, cut.m, cut.row_unit),
             _limited(column, cut.tile_width, cut.width, cut.column_unit),
@@ -195,7 +196,7 @@ class _Block:
             row, column = self._start(index)
 
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
-                slot, depth = lax.rem(turn, _i32(b.stages)), pl.ds(at * b.tile_k, b.tile_k)
+                slot, depth = lax.rem(turn, i32(b.stages)), pl.ds(at * b.tile_k, b.tile_k)
                 full, free = scratch["full"].at[slot], scratch["free"].at[slot]
                 pl.when(turn >= b.stages)(lambda: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(
@@ -204,28 +205,28 @@ class _Block:
                     full,
                 )
                 for part in range(cut.parts):
-                    start = column + _i32(part * (cut.width // cut.column_unit))
+                    start = column + i32(part * (cut.width // cut.column_unit))
                     plgpu.copy_gmem_to_smem(
                         w_ref.at[pl.ds(start * cut.column_unit, w_rows), depth],
                         scratch["w_ring"].at[slot, pl.ds(part * w_rows, w_rows)],
                         full,
                         collective_axes=w_axis,
                     )
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            after: jax.Array = lax.fori_loop(_i32(0), _i32(cut.steps), step, turn)
+            after: jax.Array = lax.fori_loop(i32(0), i32(cut.steps), step, turn)
             return after
 
-        turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        turns = lax.fori_loop(i32(0), self.tile_count, tile, i32(0))
         if self.interpret or w_axis:
             # The interpreter wants every arrival awaited. The chip does not mind, but no block
             # may end while another of its cluster still signals it.
             def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
-                plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, _i32(b.stages))])
+                plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, i32(b.stages))])
                 return carry
 
-            last = lax.max(turns - _i32(b.stages), _i32(0))
-            lax.fori_loop(last, turns, await_readers, _i32(0))
+            last = lax.max(turns - i32(b.stages), i32(0))
+            lax.fori_loop(last, turns, await_readers, i32(0))
 
     def multiply(self, out_ref: Any, warpgroup: jax.Array) -> None:
         """Multiply tile after tile with one warpgroup's rows of x and store the results."""
@@ -236,7 +237,7 @@ class _Block:
             self._store(sums, out_ref, warpgroup, *self._start(index))
             return turn
 
-        lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        lax.fori_loop(i32(0), self.tile_count, tile, i32(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _sums(self, warpgroup: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -244,20 +245,20 @@ class _Block:
         b, cut, scratch = self.blocking, self.cut, self.scratch
 
         def free_before(turn: jax.Array) -> None:
-            plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - _i32(1), _i32(b.stages))])
+            plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - i32(1), i32(b.stages))])
 
         def accumulate(accumulator: Any) -> tuple[jax.Array, jax.Array]:
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
-                slot = lax.rem(turn, _i32(b.stages))
+                slot = lax.rem(turn, i32(b.stages))
                 plgpu.barrier_wait(scratch["full"].at[slot])
                 left = scratch["x_ring"].at[slot, pl.ds(warpgroup * b.rows, b.rows)]
                 right = scratch["w_ring"].at[slot]
                 plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # the product before this one has been made
                 pl.when(at > 0)(lambda: free_before(turn))
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            turns = lax.fori_loop(_i32(0), _i32(cut.steps), step, turn)
+            turns = lax.fori_loop(i32(0), i32(cut.steps), step, turn)
             return accumulator[...], turns
 
         accumulator = plgpu.WGMMAAccumulatorRef((b.rows, b.tile_n), jnp.float32)
@@ -275,7 +276,7 @@ class _Block:
     ) -> None:
         """Store one warpgroup's results of the tile that starts at these units."""
         cut, b = self.cut, self.blocking
-        row = row + warpgroup * _i32(b.rows // cut.row_unit)
+        row = row + warpgroup * i32(b.rows // cut.row_unit)
         rows = pl.ds(row * cut.row_unit, b.rows)
         for index in range(cut.tile_width // b.stored):
             at = index * b.stored
@@ -287,22 +288,11 @@ class _Block:
             plgpu.wait_smem_to_gmem(b.slots - 1, wait_read_only=True)
             staging[...] = value.astype(out_ref.dtype)
             plgpu.commit_smem()
-            start = column + _i32(at // cut.column_unit)
+            start = column + i32(at // cut.column_unit)
             columns = pl.ds(start * cut.column_unit, b.stored)
             plgpu.copy_smem_to_gmem(staging, out_ref.at[rows, columns])
 
 
 def _limited(tile: jax.Array, size: int, whole: int, unit: int) -> jax.Array:
     """Where a tile starts in units; past the end, the last place where one fits."""
-    return lax.min(tile * _i32(size // unit), _i32((whole - size) // unit))
-
-
-def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:
-    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled."""
-    tiles: Any = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
-    swizzle: Any = plgpu.SwizzleTransform(columns * item_bytes)  # type: ignore[abstract]
-    return tiles, swizzle
-
-
-def _i32(value: int) -> jax.Array:
-    return jnp.asarray(value, jnp.int32)
+    return lax.min(tile * i32(size // unit), i32((whole - size) // unit))

@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lumen_kernels.hopper import i32, swizzled
 from lumen_kernels.matmul.rule import Tiling
 
 _LOADER_REGISTERS = 40
@@ -103,7 +104,7 @@ class _Cut:
     def scratch(self, x_dtype: Any, out_dtype: Any, interpret: bool) -> dict[str, Any]:
         """Rings, staging buffers and barriers."""
         t, rows = self.tiling, self.tiling.rows
-        operand = _swizzled(64, 2)
+        operand = swizzled(64, 2)
         window = t.block_rows - self.loaded_rows
         scratch: dict[str, Any] = {
             "x_ring": plgpu.SMEM(
@@ -128,7 +129,7 @@ class _Cut:
                 scratch["received"] = plgpu.SMEM(
                     (t.splits, t.warpgroups, rows, self.piece),
                     jnp.float32,
-                    transforms=_swizzled(math.gcd(t.stored, 32), 4),
+                    transforms=swizzled(math.gcd(t.stored, 32), 4),
                 )
                 scratch["sent"] = plgpu.Barrier(num_arrivals=t.splits, num_barriers=t.warpgroups)
         return scratch
@@ -191,23 +192,23 @@ class _Block:
         self.cluster = lax.axis_index("cluster")
         self.share, self.row = lax.axis_index("share"), lax.axis_index("row")
         self.split = lax.axis_index("split")
-        steps, splits = _i32(cut.steps), _i32(self.tiling.splits)
+        steps, splits = i32(cut.steps), i32(self.tiling.splits)
         self.first_step = lax.div(self.split * steps, splits)
-        self.tile_steps = lax.div((self.split + _i32(1)) * steps, splits) - self.first_step
-        every = _i32(cut.clusters)
-        self.tile_count = lax.div(_i32(cut.groups - 1) - self.cluster, every) + _i32(1)
+        self.tile_steps = lax.div((self.split + i32(1)) * steps, splits) - self.first_step
+        every = i32(cut.clusters)
+        self.tile_count = lax.div(i32(cut.groups - 1) - self.cluster, every) + i32(1)
 
     def _first_unit(self, index: jax.Array) -> jax.Array:
         """Where the results of tile number `index` start, in units; the last tiles overlap."""
-        cut, group = self.cut, self.cluster + index * _i32(self.cut.clusters)
-        tile = group * _i32(self.tiling.sharing) + self.share
+        cut, group = self.cut, self.cluster + index * i32(self.cut.clusters)
+        tile = group * i32(self.tiling.sharing) + self.share
         last = (cut.width - cut.tile_width) // cut.unit
-        return lax.min(tile * _i32(cut.tile_width // cut.unit), _i32(last))
+        return lax.min(tile * i32(cut.tile_width // cut.unit), i32(last))
 
     def _step_columns(self, at: jax.Array) -> Any:
         """Columns of x and w for step `at` of a tile."""
         if self.tiling.staggered:
-            every = _i32(self.cut.clusters)
+            every = i32(self.cut.clusters)
             at = lax.rem(at + lax.div(self.cluster * self.tile_steps, every), self.tile_steps)
         step = self.first_step + at
         return pl.ds(step * self.tiling.tile_k, self.tiling.tile_k)
@@ -226,12 +227,12 @@ class _Block:
             first_unit = self._first_unit(index)
 
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
-                slot, columns = lax.rem(turn, _i32(t.stages)), self._step_columns(at)
+                slot, columns = lax.rem(turn, i32(t.stages)), self._step_columns(at)
                 full, x_slot = scratch["full"].at[slot], pl.ds(slot * x_rows, x_rows)
                 free = scratch["free"].at[slot]
                 pl.when(turn >= t.stages)(lambda: plgpu.barrier_wait(free))
                 for part in range(cut.parts):
-                    start = first_unit + _i32(part * (cut.width // cut.unit))
+                    start = first_unit + i32(part * (cut.width // cut.unit))
                     plgpu.copy_gmem_to_smem(
                         w_ref.at[pl.ds(start * cut.unit, w_rows), columns],
                         scratch["w_ring"].at[slot, pl.ds(part * w_rows, w_rows)],
@@ -245,21 +246,21 @@ class _Block:
                     full,
                     collective_axes=x_axis,
                 )
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            after: jax.Array = lax.fori_loop(_i32(0), self.tile_steps, step, turn)
+            after: jax.Array = lax.fori_loop(i32(0), self.tile_steps, step, turn)
             return after
 
-        turns = lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        turns = lax.fori_loop(i32(0), self.tile_count, tile, i32(0))
         if self.interpret or x_axis or w_axis:
             # The interpreter wants every arrival awaited. The chip does not mind, but no block
             # may end while another of its cluster still signals it.
             def await_readers(turn: jax.Array, carry: jax.Array) -> jax.Array:
-                plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, _i32(t.stages))])
+                plgpu.barrier_wait(scratch["free"].at[lax.rem(turn, i32(t.stages))])
                 return carry
 
-            last = lax.max(turns - _i32(t.stages), _i32(0))
-            lax.fori_loop(last, turns, await_readers, _i32(0))
+            last = lax.max(turns - i32(t.stages), i32(0))
+            lax.fori_loop(last, turns, await_readers, i32(0))
 
     def multiply(self, out_ref: Any, warpgroup: jax.Array) -> None:
         """Multiply tile after tile with one warpgroup's rows of x and store the results."""
@@ -269,7 +270,7 @@ class _Block:
 
         def tile(index: jax.Array, turn: jax.Array) -> jax.Array:
             sums, turn = self._sums(warpgroup, turn)
-            start = self._first_unit(index) + self.split * _i32(cut.piece // cut.unit)
+            start = self._first_unit(index) + self.split * i32(cut.piece // cut.unit)
             if t.splits == 1:
                 self._store(
                     lambda at, size: self._result(sums, at, size), out_ref, warpgroup, start
@@ -283,7 +284,7 @@ class _Block:
             plgpu.barrier_arrive(self.scratch["read"])
             return turn
 
-        lax.fori_loop(_i32(0), self.tile_count, tile, _i32(0))
+        lax.fori_loop(i32(0), self.tile_count, tile, i32(0))
         if t.splits > 1:
             # No block may end while another of its cluster still signals it.
             plgpu.barrier_wait(self.scratch["read"])
@@ -294,20 +295,20 @@ class _Block:
         t, scratch = self.tiling, self.scratch
 
         def free_before(turn: jax.Array) -> None:
-            plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - _i32(1), _i32(t.stages))])
+            plgpu.barrier_arrive(scratch["free"].at[lax.rem(turn - i32(1), i32(t.stages))])
 
         def accumulate(accumulator: Any) -> tuple[jax.Array, jax.Array]:
             def step(at: jax.Array, turn: jax.Array) -> jax.Array:
-                slot = lax.rem(turn, _i32(t.stages))
+                slot = lax.rem(turn, i32(t.stages))
                 plgpu.barrier_wait(scratch["full"].at[slot])
                 window = pl.ds(slot * self.cut.loaded_rows + warpgroup * t.rows, t.rows)
                 left, right = scratch["x_ring"].at[window], scratch["w_ring"].at[slot]
                 plgpu.wgmma(accumulator, left, right.transpose((1, 0)))
                 plgpu.wgmma_wait(1)  # the product before this one has been made
                 pl.when(at > 0)(lambda: free_before(turn))
-                return turn + _i32(1)
+                return turn + i32(1)
 
-            turns = lax.fori_loop(_i32(0), self.tile_steps, step, turn)
+            turns = lax.fori_loop(i32(0), self.tile_steps, step, turn)
             return accumulator[...], turns
 
         accumulator = plgpu.WGMMAAccumulatorRef((t.rows, t.tile_n), jnp.float32)
@@ -336,7 +337,7 @@ class _Block:
                     part,
                     scratch["received"].at[self.split, warpgroup],
                     scratch["sent"].at[warpgroup],
-                    cluster_idx=_i32(target),
+                    cluster_idx=i32(target),
                     cluster_dim="split",
                 )
         if self.interpret:
@@ -377,7 +378,7 @@ class _Block:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staging[...] = value(index * width, width).astype(out_ref.dtype)
             plgpu.commit_smem()
-            columns = pl.ds((start + _i32(index * width // cut.unit)) * cut.unit, width)
+            columns = pl.ds((start + i32(index * width // cut.unit)) * cut.unit, width)
             for part in range(t.row_blocks * t.warpgroups):
                 valid = min(t.rows, cut.m - part * t.rows)
 
@@ -389,17 +390,6 @@ class _Block:
                     store()
                 elif valid > 0:
                     pl.when(self.row * t.warpgroups + warpgroup == part)(store)
-
-
-def _swizzled(columns: int, item_bytes: int) -> tuple[Any, ...]:
-    """A buffer as WGMMA reads it: rows of `columns` elements, at most 128 bytes, swizzled."""
-    tiles: Any = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
-    swizzle: Any = plgpu.SwizzleTransform(columns * item_bytes)  # type: ignore[abstract]
-    return tiles, swizzle
-
-
-def _i32(value: int) -> jax.Array:
-    return jnp.asarray(value, jnp.int32)
 
 
 def _up(value: int, multiple: int) -> int:

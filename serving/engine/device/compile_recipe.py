@@ -1,6 +1,5 @@
 """What a process without the devices needs to compile a replica's programs, as a message."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +95,7 @@ def recipe(
     return Recipe(
         config=shapes.config,
         dtype=np.dtype(shapes.dtype).name,
-        arena_layout=dataclasses.replace(shapes.arena_layout),
+        arena_layout=shapes.arena_layout,
         num_rows=shapes.num_rows,
         table_columns=shapes.table_columns,
         max_logprobs=shapes.max_logprobs,

@@ -15,7 +15,7 @@ class ArgumentLister(ProgramBuilder):
         self,
         decode_buckets: Sequence[int],
         chunk_buckets: Mapping[int, int],
-        mixed_sizes: Sequence[MixedSize] = (),
+        mixed_sizes: Sequence[MixedSize],
     ) -> dict[tuple[Any, ...], tuple[Any, ...]]:
         """The keys of `lowerings` to the arguments of that program: trees of shape structs."""
         listed: dict[tuple[Any, ...], Any] = {

@@ -81,10 +81,11 @@ class ProgramMaking:
                 self.shapes, self._target, config.decode_buckets, config.chunk_buckets,
                 config.mixed_sizes,
             )  # fmt: skip
-        except Exception as error:  # a backend says in its own way that it cannot be described
+            children = CompileChildren(count, what)
+        except Exception as error:  # a backend, or the system, says in its own way that it cannot
             _log.warning("All programs are compiled in one process: %s", error)
             return
-        self._children = ChildPrograms(CompileChildren(count, what), cache, wanted)
+        self._children = ChildPrograms(children, cache, wanted)
 
     def finish(self, advance: Callable[[str, bool], None]) -> Programs:
         """All programs. advance: told the name of each, and whether the cache had it.

@@ -73,7 +73,7 @@ class Programs:
     size: a `MixedSize`, whose rows are a batch b that head takes. packed, places: of a mixed call,
     see `mixed_call.MixedArrays`; context: a `MixedContext`.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
-    hidden and arena are donated, except the hidden of prefill_last and mixed_last.
+    hidden and arena are donated to the units, nothing else is.
     """
 
     decode_embed: dict[int, Compiled]

@@ -1,5 +1,7 @@
 """Persistent host state of the batch rows, changed by plans, copied out for the device."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -8,7 +10,7 @@ from serving.engine.device.prefill_calls import PrefillCall
 from serving.engine.device.program_shapes import SAMPLING_FIELDS, SEQUENCE_FIELDS
 from serving.engine.device.programs import HeadKind
 from serving.engine.executor import MixedSize
-from serving.engine.plan import Int32, StepPlan
+from serving.engine.plan import Int32, PrefillChunk, StepPlan
 
 
 class RowState:
@@ -70,18 +72,10 @@ class RowState:
         packed = np.zeros(tokens + sequences * (columns + SEQUENCE_FIELDS), np.int32)
         tables = packed[tokens : tokens + sequences * columns].reshape(sequences, columns)
         starts, counts, sampling = packed[tokens + tables.size :].reshape(SEQUENCE_FIELDS, -1)
+        self._pack_chunks(call.chunks, packed, tables, starts, counts)
+        drawn = call.sampling_rows()  # the first sequences
         sampling[:] = self.padding
-        end = 0
-        for index, chunk in enumerate(call.chunks):
-            count = chunk.tokens.size
-            packed[end : end + count] = chunk.tokens
-            end += count
-            tables[index] = self._tables[chunk.row]
-            starts[index], counts[index] = chunk.start, count
-            if chunk.samples:
-                sampling[index] = chunk.row
-            self._kv_len[chunk.row] = chunk.start + count
-        self.lengths_version += 1
+        sampling[: drawn.size] = drawn
         return packed
 
     def pack_mixed(self, size: MixedSize, plan: StepPlan) -> Int32:
@@ -96,21 +90,37 @@ class RowState:
         call.lengths[: decoding.size] = self._kv_len[decoding]
         call.tables[: decoding.size] = self._tables[decoding]
         call.places[: decoding.size] = np.arange(decoding.size)
-        end, drawn = 0, decoding.size
-        for index, chunk in enumerate(plan.prefills):
-            count = chunk.tokens.size
-            call.tokens[end : end + count] = chunk.tokens
-            end += count
-            call.tables[size.rows + index] = self._tables[chunk.row]
-            call.starts[index], call.counts[index] = chunk.start, count
-            self._kv_len[chunk.row] = chunk.start + count
-            if chunk.samples:
-                call.places[drawn] = size.rows + end - 1
-                drawn += 1
+        tables, drawn = call.tables[size.rows :], drawing.size
+        ends = self._pack_chunks(plan.prefills, call.tokens, tables, call.starts, call.counts)
+        call.places[decoding.size : drawn] = [
+            size.rows + end - 1
+            for chunk, end in zip(plan.prefills, ends, strict=True)
+            if chunk.samples
+        ]
         call.drawn_rows[:drawn] = drawing
         call.drawn_lengths[:drawn] = self._kv_len[drawing]
-        self.lengths_version += 1
         return packed
+
+    def _pack_chunks(
+        self,
+        chunks: Sequence[PrefillChunk],
+        tokens: Int32,
+        tables: Int32,
+        starts: Int32,
+        counts: Int32,
+    ) -> list[int]:
+        """Write chunks into a call, one behind the other; where each ends. Rows grow by them."""
+        ends = []
+        end = 0
+        for index, chunk in enumerate(chunks):
+            begin, end = end, end + chunk.tokens.size
+            tokens[begin:end] = chunk.tokens
+            tables[index] = self._tables[chunk.row]
+            starts[index], counts[index] = chunk.start, chunk.tokens.size
+            self._kv_len[chunk.row] = chunk.start + chunk.tokens.size
+            ends.append(end)
+        self.lengths_version += 1
+        return ends
 
     def tables(self, padded_rows: Int32) -> Int32:
         """Block tables, int32 [rows, columns]."""

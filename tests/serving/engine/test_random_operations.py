@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from serving.engine.executor import MixedSize
 from serving.engine.request import FinishReason, Priority
 
 OPERATIONS = 1250  # for each of the eight variants below
@@ -61,9 +62,11 @@ def assert_higher_class_first(driver, plan):
 def test_random_operations(make_driver, pipeline_depth, decode_steps, prefix_caching):
     seed = 1000 * pipeline_depth + 10 * decode_steps + prefix_caching
     rng = random.Random(seed)
+    spread = pipeline_depth == 2 and decode_steps == 1
     driver = make_driver(
-        limits=TIGHT,
+        limits={**TIGHT, "mixed_sizes": (MixedSize(6, 3, 2),)} if spread else TIGHT,
         config={
+            **({"spread_steps": 4, "min_prefill_tokens": 1} if spread else {}),
             "pipeline_depth": pipeline_depth,
             "decode_steps": decode_steps,
             "prefix_caching": prefix_caching,

@@ -123,6 +123,16 @@ def test_what_children_cannot_do_is_done_here(weights, tmp_path, monkeypatch, ca
     assert caplog.text.count("A process that compiles is gone") == 2
 
 
+def test_a_system_without_room_for_children_compiles_here(weights, tmp_path, monkeypatch, caplog):
+    def none(*arguments, **options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(compile_children.subprocess, "Popen", none)
+    _, names, lowered = start(weights, tmp_path, monkeypatch)
+    assert len(names) == len(lowered) + 1 == 10
+    assert "All programs are compiled in one process: [Errno 11]" in caplog.text
+
+
 def test_a_wrong_guess_of_the_arena_is_made_good(weights, tmp_path, monkeypatch):
     """Memory that something else takes while weights load: the arena is another than foreseen."""
     sizes = iter([1 << 30, (1 << 30) - (1 << 20)])

@@ -106,6 +106,34 @@ def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceE
     )
 
 
+def engine_config(settings: EngineSettings) -> EngineConfig:
+    """The loop's part of the settings. Raises ConfigurationError."""
+    return EngineConfig(
+        pipeline_depth=settings.pipeline_depth,
+        decode_steps=settings.decode_steps,
+        max_step_tokens=settings.step_tokens,
+        prefix_caching=False,
+    )
+
+
+def check_settings(settings: EngineSettings) -> None:
+    """Raise ConfigurationError or LumenError for what can be refused before anything starts."""
+    resolve_model(settings.model)
+    executor_config(settings, None)
+    engine_config(settings)
+
+
+def devices_of(settings: EngineSettings) -> list[jax.Device]:
+    """The replica's devices, JAX's first ones. Raises ConfigurationError if there are too few."""
+    wanted, found = settings.tensor_parallel, jax.devices()
+    if not 1 <= wanted <= len(found):
+        raise ConfigurationError(
+            f"--tensor_parallel={wanted}; JAX sees {len(found)} devices here, so it must be from 1 "
+            f"to {len(found)}."
+        )
+    return found[:wanted]
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """An executor that is ready, and what it took: until the weights were there, in all."""
@@ -131,12 +159,7 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
 
     source = resolve_model(settings.model).source
     config = executor_config(settings, cache_dir)
-    devices = jax.devices()[: settings.tensor_parallel]
-    if len(devices) < settings.tensor_parallel:
-        raise ConfigurationError(
-            f"--tensor_parallel={settings.tensor_parallel}, but JAX sees {len(devices)} devices."
-        )
-    executor = build_device_executor(source, devices, config, progress)
+    executor = build_device_executor(source, devices_of(settings), config, progress)
     limits = executor.limits
     return Built(
         executor,
@@ -155,13 +178,7 @@ class InProcessEngine:
     def __init__(self, executor: Executor, settings: EngineSettings) -> None:
         self.clock = StepClock(executor)
         self._limits = executor.limits
-        config = EngineConfig(
-            pipeline_depth=settings.pipeline_depth,
-            decode_steps=settings.decode_steps,
-            max_step_tokens=settings.step_tokens,
-            prefix_caching=False,
-        )
-        core = EngineCore(executor.limits, config)
+        core = EngineCore(executor.limits, engine_config(settings))
         ports = LoopPorts(core, self.clock, self._publish, time.monotonic)
         self._thread = ReplicaThread(ports, self._failed)
         self._requests = 0

@@ -197,7 +197,9 @@ def _idle(
         trace.stop()
     found = trace.result()
     if found is None:
-        return not_measured(name, "ms", "not measured: the profile shows no GPU")
+        return not_measured(
+            name, "ms", "not measured: no GPU in the profile, or too few whole steps"
+        )
     launches = sum(one.launches for one in found.kernels)
     note = f"of {found.step:.4g} ms, in which the device is busy {found.busy:.4g}; "
     return measured(

@@ -93,6 +93,8 @@ class DecodeTrace:
 
     def result(self) -> DeviceStep | None:
         """What was seen; None if the profile has no GPU in it or the run had too few steps."""
+        if self._seen < self._last:  # what was traced behind them are other steps
+            return None
         before = np.diff(self._before)
         traced = np.diff(self._times[1:])  # the first step paid for starting the profiler
         if not before.size or not traced.size:
@@ -133,7 +135,9 @@ def device_step(events: Sequence[DeviceEvent], step_s: float, traced_s: float) -
 
 
 def _events(folder: Path) -> list[DeviceEvent]:
-    return [event for file in folder.rglob("*.xplane.pb") for event in _events_of(file)]
+    """Of the latest profile in the folder, if there is one: each has a folder of its own."""
+    files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
+    return [event for file in files[-1:] for event in _events_of(file)]
 
 
 def _events_of(file: Path) -> Iterable[DeviceEvent]:

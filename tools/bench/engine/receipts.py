@@ -58,11 +58,6 @@ class Receipts:
         self._closed = False
         self._lock = threading.Lock()
 
-    @property
-    def all(self) -> list[Receipt]:
-        """In the order they were added."""
-        return list(self._of.values())
-
     def add(self, request_id: str, job: Job) -> Receipt:
         """A receipt for a request that is about to be handed over."""
         receipt = self._of[request_id] = Receipt(request_id, job)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from tools.bench.engine import bars, byte_floor
 from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
@@ -61,6 +62,11 @@ class Options:
             raise ValueError("--works must name something.")
         if self.reps < 1 or self.starts < 1:
             raise ValueError("--reps and --starts must be at least 1.")
+        if self.gateway and self.settings.pipeline_depth != 2:
+            raise ValueError(
+                f"--pipeline_depth={self.settings.pipeline_depth}; it must be 2 to go through a "
+                "gateway, as a worker's is: give --gateway= to leave that out."
+            )
 
 
 @dataclass(slots=True)
@@ -177,7 +183,12 @@ def _through_gateway(options: Options, cache: Path, scratch: Path, outcome: Outc
 
 
 def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> None:
-    with _engine(options, cache, outcome) as engine:
+    with contextlib.ExitStack() as ends:
+        try:
+            engine = ends.enter_context(_engine(options, cache, outcome))
+        except LumenError as error:  # what was measured before it is kept
+            outcome.fail("engine in this process", error)
+            return
         if all(one["name"] != "KV capacity" for one in outcome.rows):
             tokens = outcome.facts["kv_tokens"]
             assert isinstance(tokens, int)

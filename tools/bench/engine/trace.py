@@ -78,8 +78,8 @@ def read_trace(path: Path) -> list[TraceRequest]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ValueError(f"--trace={path} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"--trace={path} cannot be read: {error}.") from error
     if not rows or any(column not in rows[0] for column in _COLUMNS):
         raise ValueError(
             f"--trace={path} must be a CSV file with columns {', '.join(_COLUMNS)}, and not empty."

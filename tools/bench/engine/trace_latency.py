@@ -50,6 +50,11 @@ class TraceOptions:
     trial_s: float = 15.0
     trials: int = 3
 
+    def settings(self) -> dict[str, float | None]:
+        """All but the requests, for the results file."""
+        names = ("start_s", "seconds", "load", "saturation", "trial_s", "trials")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         for name in ("seconds", "load", "trial_s", "trials"):
             if getattr(self, name) <= 0:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lumen_kernels.arena import ArenaShape
+from lumen_kernels.hopper import swizzled
 from lumen_kernels.paged_attention.decode import mosaic_gpu_schedule as plan
 from lumen_kernels.paged_attention.decode.mosaic_gpu_schedule import TILE, Cut
 
@@ -106,12 +107,12 @@ class Kernel:
 def scratch_types(kernel: Kernel, dtype: Any) -> dict[str, Any]:
     """Shared memory and barriers of one core."""
     # Their protocol leaves a method without a body, which mypy takes for an abstract one.
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    operand = swizzled(64, 2)
     slots = kernel.workers * kernel.stages
     if kernel.arena.packed:
-        tiles = plgpu.SMEM((slots, TILE, 2 * kernel.head_dim), dtype, transforms=swizzled)
+        tiles = plgpu.SMEM((slots, TILE, 2 * kernel.head_dim), dtype, transforms=operand)
     else:
-        tiles = plgpu.SMEM((slots, 2 * TILE, kernel.head_dim), dtype, transforms=swizzled)
+        tiles = plgpu.SMEM((slots, 2 * TILE, kernel.head_dim), dtype, transforms=operand)
     # Results leave through the ring slot of their last tile, seen as untiled rows.
     results = plgpu.SMEM((slots, 2 * TILE, kernel.head_dim), dtype)
     partials = plgpu.SMEM((slots, TILE, kernel.head_dim), jnp.float32)
@@ -119,7 +120,7 @@ def scratch_types(kernel: Kernel, dtype: Any) -> dict[str, Any]:
     copies = kernel.pages
     scratch = {
         "ring": plgpu.RefUnion(tiles, results, partials),
-        "q_smem": plgpu.SMEM((kernel.query_rows, kernel.head_dim), dtype, transforms=swizzled),
+        "q_smem": plgpu.SMEM((kernel.query_rows, kernel.head_dim), dtype, transforms=operand),
         "k_ready": plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
         "free": plgpu.Barrier(num_barriers=slots),
         "q_ready": plgpu.Barrier(num_barriers=queries),

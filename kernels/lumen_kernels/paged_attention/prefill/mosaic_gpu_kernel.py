@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lumen_kernels.arena import ArenaShape
+from lumen_kernels.hopper import swizzled
 from lumen_kernels.paged_attention.options import Options
 from lumen_kernels.paged_attention.prefill import mosaic_gpu_schedule as work
 
@@ -93,7 +94,7 @@ class Plan:
     def scratch(self) -> list[Any]:
         """Shared memory and barriers of a program."""
         head_dim, tuning = self.shape.head_dim, self.tuning
-        tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+        tiled = swizzled(64, 2)
 
         def tiles(count: int, rows: int) -> Any:
             return plgpu.SMEM((count, rows, head_dim), jnp.bfloat16, transforms=tiled)
