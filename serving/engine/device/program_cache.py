@@ -35,8 +35,8 @@ from serving.engine.device.program_signature import mismatch
 from serving.errors import ConfigurationError
 
 MAX_BYTES = 1 << 30
-"""Of all identities together. A replica of the 8B shape has 142 programs with configs/gpu.toml, most
-of them far smaller than the 1.4 MiB of a unit."""
+"""Of all identities together. A replica of the 8B shape has 142 programs with configs/gpu.toml,
+most of them far smaller than the 1.4 MiB of a unit."""
 
 _FORMAT = b"lumen program 1"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
