@@ -14,6 +14,7 @@ def mismatch(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> str |
     if len(takes) != len(arguments):
         return f"it takes {len(takes)} arguments, not {len(arguments)}"
     for place, (found, shardings, wanted) in enumerate(zip(takes, placed, arguments, strict=True)):
+        tree: Any
         leaves, tree = jax.tree.flatten(wanted)
         try:
             parts = tree.flatten_up_to(found), tree.flatten_up_to(shardings)
