@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from serving.cluster.messages import ReplicaInfo, WorkerHello
 from serving.cluster.worker_messages import idle_load
 from serving.policy.dispatch import Placement, dispatch
-from serving.policy.snapshot import FleetSnapshot, PlacedRequest, ReplicaLoad, WorkerLoad
+from serving.policy.snapshot import FleetSnapshot, PlacedRequests, ReplicaLoad, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class DispatchRecord:
 class Underway:
     """A placed request until a report shows it. `seen`: its worker accepted it."""
 
-    placed: PlacedRequest
+    replica: int
+    context_tokens: int
     seen: bool = False
 
 
@@ -46,6 +47,30 @@ class WorkerState:
     heard_at: float
     lost_at: float | None = None
     underway: dict[tuple[str, int], Underway] = field(default_factory=dict)
+    placed: dict[int, PlacedRequests] = field(default_factory=dict)  # those, summed by replica
+
+    def place(self, key: tuple[str, int], replica: int, context_tokens: int) -> None:
+        """An attempt is on its way to a replica."""
+        self.underway[key] = Underway(replica, context_tokens)
+        self._count(replica, context_tokens, 1)
+
+    def release(self, key: tuple[str, int]) -> None:
+        """It is not any more, or a report shows it."""
+        gone = self.underway.pop(key, None)
+        if gone is not None:
+            self._count(gone.replica, -gone.context_tokens, -1)
+
+    def _count(self, replica: int, context_tokens: int, requests: int) -> None:
+        placed = self.placed.get(replica)
+        if placed is not None:
+            context_tokens += placed.context_tokens
+            requests += placed.requests
+        if requests:
+            self.placed[replica] = PlacedRequests(
+                self.hello.worker_id, replica, context_tokens, requests
+            )
+        else:
+            del self.placed[replica]
 
 
 class SchedulerCore:
@@ -91,7 +116,8 @@ class SchedulerCore:
         """A load report: what was accepted before it is contained in it."""
         worker.replicas = loads
         worker.reported_at = now
-        worker.underway = {key: it for key, it in worker.underway.items() if not it.seen}
+        for key in [key for key, it in worker.underway.items() if it.seen]:
+            worker.release(key)
 
     def accepted(self, worker: WorkerState, request_id: str, attempt: int) -> None:
         """The next report will contain this attempt."""
@@ -103,7 +129,7 @@ class SchedulerCore:
         """This attempt is no longer on that worker."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.underway.pop((request_id, attempt), None)
+            worker.release((request_id, attempt))
 
     def place(
         self, request_id: str, attempt: int, context_tokens: int, priority: int, now: float
@@ -120,8 +146,7 @@ class SchedulerCore:
         if placement is None:
             return None
         worker = self._workers[placement.worker_id]
-        placed = PlacedRequest(placement.worker_id, placement.replica, context_tokens)
-        worker.underway[request_id, attempt] = Underway(placed)
+        worker.place((request_id, attempt), placement.replica, context_tokens)
         return worker, placement.replica
 
     def largest_context(self) -> int | None:
@@ -146,7 +171,7 @@ class SchedulerCore:
     def snapshot(self, context_tokens: int = 0) -> FleetSnapshot:
         """The connected workers, with the replicas that hold `context_tokens`."""
         workers = []
-        underway: list[PlacedRequest] = []
+        placed: list[PlacedRequests] = []
         for worker in self.connected():
             fits = {
                 info.replica: context_limit(info) >= context_tokens
@@ -157,8 +182,8 @@ class SchedulerCore:
             workers.append(
                 WorkerLoad(hello.worker_id, hello.incarnation, loads, worker.reported_at)
             )
-            underway.extend(it.placed for it in worker.underway.values())
-        return FleetSnapshot(tuple(workers), tuple(underway))
+            placed.extend(worker.placed.values())
+        return FleetSnapshot(tuple(workers), tuple(placed))
 
     def decisions(self) -> tuple[DispatchRecord, ...]:
         """The last placements, oldest first."""
