@@ -76,6 +76,9 @@ class ActiveRequest:
     prefilled: int = 0
     last_step: int = 0
     waiting_tokens: int = 0
+    preemptions: int = 0
+    published: int = 0
+    publish_at: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -99,6 +102,8 @@ class ActiveRequest:
                 f"Request {self.request_id} (attempt {self.attempt}) cannot go from "
                 f"{self.state.value} to {to.value}."
             )
+        if to is RequestState.WAITING:
+            self.preemptions += 1
         self.state = to
 
 
