@@ -33,6 +33,10 @@ class Timers[Key: Hashable]:
         """The key will come out of `pop_due`."""
         return key in self._due
 
+    def due(self, key: Key) -> float | None:
+        """When the key comes out of `pop_due`, if it does."""
+        return self._due.get(key)
+
     def next_due(self) -> float | None:
         """The earliest due time."""
         while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:

@@ -79,6 +79,12 @@ class WorkerCore:
         due = [self._timers.next_due(), self._fences.next_due()]
         return min((time for time in due if time is not None), default=None)
 
+    def report_due(self) -> float:
+        """When the loads of the replicas are reported next."""
+        due = self._timers.due(("report", "", 0))
+        assert due is not None
+        return due
+
     def is_idle(self) -> bool:
         """Nothing runs here and no output is kept."""
         return not self._attempts
