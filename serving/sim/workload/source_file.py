@@ -1,5 +1,6 @@
 """Files of requests as people find them: text in lines, cells of CSV, numbers in range."""
 
+import codecs
 import csv
 import math
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,14 @@ def shown(value: object) -> str:
 def read_text(path: Path) -> str:
     """The whole file, without a byte order mark. Raises WorkloadFileError if it is not UTF-8."""
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise WorkloadFileError(
             path, f"no readable file ({reason})", "a file of requests"
         ) from None
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         before = data[: error.start]
         line_start = before.rfind(b"\n") + 1
@@ -37,7 +38,7 @@ def read_text(path: Path) -> str:
             f"the byte {data[error.start]:#04x}",
             "UTF-8 text",
             before.count(b"\n") + 1,
-            len(before[line_start:].decode("utf-8-sig")) + 1,
+            len(before[line_start:].decode()) + 1,
         ) from None
 
 
