@@ -95,7 +95,7 @@ def test_classes_by_share():
 def test_tenants_and_their_classes():
     made = t.with_tenants(many(), {"a": 1.0, "b": 1.0, "c": 0.0}, seed=5)
     gold = ServiceClass("gold", ttft_s=0.5)
-    classed = t.with_services_of_tenants(made, {"a": BATCH, "b": gold})
+    classed = t.with_services_of_tenants(made, {"b": gold, "a": BATCH})
     assert {(one.tenant, one.service) for one in classed.requests} == {("a", BATCH), ("b", gold)}
     with pytest.raises(ConfigurationError, match=r"No service class for tenant 'b'; .* 'a', 'c'"):
         t.with_services_of_tenants(made, {"a": BATCH, "c": gold})
@@ -119,6 +119,12 @@ def test_merged_workloads_interleave_and_share_no_prefix():
         assert len({one.prefix[0] for one in both.requests if one.tenant == who}) == 1
     assert len({one.prefix[0] for one in both.requests}) == 2
     assert t.merged("m", [every_second(3), first]).prefix_tokens == 16
+    bursts = [
+        Workload(who, 10.0, tuple(One(at // 50, 1, 1, tenant=who) for at in range(500)))
+        for who in "ab"
+    ]
+    tenants = "".join(one.tenant for one in t.merged("m", bursts).requests)
+    assert tenants == ("a" * 50 + "b" * 50) * 10
     other = Workload("w", 1.0, first.requests, prefix_tokens=512)
     with pytest.raises(ConfigurationError, match="pieces of 16 and 512 tokens cannot"):
         t.merged("m", [first, other])
