@@ -44,6 +44,7 @@ from serving.errors import (
     RequestExistsError,
     UnknownRequestError,
 )
+from serving.policy.dispatch import Dispatch, dispatch
 
 type LinkTimer = tuple[str, str]  # ("heartbeat", "") or ("worker", worker_id)
 
@@ -57,12 +58,15 @@ REFUSALS = (
 
 
 class GatewayCore:
-    """Durable requests over a changing fleet. Sans I/O: events and effects in `gateway_events`."""
+    """Durable requests over a changing fleet. Sans I/O: events and effects in `gateway_events`.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    policy: picks the replica of a request.
+    """
+
+    def __init__(self, config: GatewayConfig, policy: Dispatch = dispatch) -> None:
         self._config = config
         self._effects: list[GatewayEffect] = []
-        self._scheduler = SchedulerCore(config.decisions_kept)
+        self._scheduler = SchedulerCore(config.decisions_kept, policy)
         self._requests = DurableRequests(config, self._scheduler, self._effects)
         self._timers: Timers[LinkTimer] = Timers()
         self._timers.arm(("heartbeat", ""), 0.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from serving.cluster.messages import ReplicaInfo, WorkerHello
 from serving.cluster.worker_messages import idle_load
-from serving.policy.dispatch import Placement, dispatch
+from serving.policy.dispatch import Dispatch, Placement, dispatch
 from serving.policy.snapshot import FleetSnapshot, PlacedRequests, ReplicaLoad, WorkerLoad
 
 
@@ -48,6 +48,11 @@ class WorkerState:
     lost_at: float | None = None
     underway: dict[tuple[str, int], Underway] = field(default_factory=dict)
     placed: dict[int, PlacedRequests] = field(default_factory=dict)  # those, summed by replica
+    limits: dict[int, int] = field(init=False)  # context_limit by replica
+
+    def __post_init__(self) -> None:
+        """Work out what every placement asks for."""
+        self.limits = {info.replica: context_limit(info) for info in self.hello.replicas}
 
     def place(self, key: tuple[str, int], replica: int, context_tokens: int) -> None:
         """An attempt is on its way to a replica."""
@@ -76,7 +81,8 @@ class WorkerState:
 class SchedulerCore:
     """Who is in the fleet, how loaded each is, and who takes the next request. Sans I/O."""
 
-    def __init__(self, decisions_kept: int) -> None:
+    def __init__(self, decisions_kept: int, policy: Dispatch = dispatch) -> None:
+        self._policy = policy
         self._workers: dict[str, WorkerState] = {}
         self._decisions: deque[DispatchRecord] = deque(maxlen=decisions_kept)
 
@@ -139,7 +145,7 @@ class SchedulerCore:
         # A request that filled the largest replica goes to one of that size, which ends it.
         needed = min(context_tokens + 1, largest) if largest is not None else context_tokens + 1
         fleet = self.snapshot(needed)
-        placement = dispatch(fleet, context_tokens, priority)
+        placement = self._policy(fleet, context_tokens, priority)
         self._decisions.append(
             DispatchRecord(now, request_id, attempt, context_tokens, priority, fleet, placement)
         )
@@ -151,14 +157,8 @@ class SchedulerCore:
 
     def largest_context(self) -> int | None:
         """Tokens of the longest request that a known replica holds; None if none is known."""
-        return max(
-            (
-                context_limit(info)
-                for worker in self._workers.values()
-                for info in worker.hello.replicas
-            ),
-            default=None,
-        )
+        limits = [limit for worker in self._workers.values() for limit in worker.limits.values()]
+        return max(limits, default=None)
 
     def ready(self) -> bool:
         """A healthy replica that takes requests is connected."""
@@ -173,11 +173,10 @@ class SchedulerCore:
         workers = []
         placed: list[PlacedRequests] = []
         for worker in self.connected():
-            fits = {
-                info.replica: context_limit(info) >= context_tokens
-                for info in worker.hello.replicas
-            }
-            loads = tuple(load for load in worker.replicas if fits.get(load.replica, False))
+            limits = worker.limits
+            loads = tuple(
+                load for load in worker.replicas if limits.get(load.replica, -1) >= context_tokens
+            )
             hello = worker.hello
             workers.append(
                 WorkerLoad(hello.worker_id, hello.incarnation, loads, worker.reported_at)

@@ -4,7 +4,7 @@ Least loaded first, by memory and by prefill work ahead of the request. The repo
 interval old, so requests placed since count as if they were waiting there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,17 +45,7 @@ def dispatch(fleet: FleetSnapshot, context_tokens: int, priority: int) -> Placem
     other where most memory is left. Ties are broken by the other of the two, then by requests,
     worker id and replica number.
     """
-    placed: dict[tuple[str, int], list[PlacedRequests]] = {}
-    for since in fleet.placed_since_report:
-        placed.setdefault((since.worker_id, since.replica), []).append(since)
-    forecasts = [
-        forecast(
-            worker.worker_id, load, placed.get((worker.worker_id, load.replica), ()), context_tokens
-        )
-        for worker in fleet.workers
-        for load in worker.replicas
-        if load.healthy and not load.draining and load.total_blocks > 0
-    ]
+    forecasts = _forecasts(fleet, context_tokens)
     if not forecasts:
         return None
 
@@ -67,7 +57,44 @@ def dispatch(fleet: FleetSnapshot, context_tokens: int, priority: int) -> Placem
         )
         return (f.usage > 1.0, *by, f.requests, f.worker_id, f.replica)
 
-    best = min(forecasts, key=order)
+    return _placement(min(forecasts, key=order), forecasts)
+
+
+def fewest_requests(fleet: FleetSnapshot, context_tokens: int, priority: int) -> Placement | None:
+    """The replica with the fewest requests, whatever they are: the usual balance, to compare with.
+
+    Ties are broken by worker id and replica number.
+    """
+    forecasts = _forecasts(fleet, context_tokens)
+    if not forecasts:
+        return None
+    best = min(forecasts, key=lambda f: (f.requests, f.worker_id, f.replica))
+    return _placement(best, forecasts)
+
+
+type Dispatch = Callable[[FleetSnapshot, int, int], Placement | None]
+"""From (fleet, context tokens, priority) to a placement, or None if no replica takes any."""
+
+DISPATCHES: dict[str, Dispatch] = {"least_loaded": dispatch, "fewest_requests": fewest_requests}
+"""By the names that settings use."""
+
+
+def _forecasts(fleet: FleetSnapshot, context_tokens: int) -> list[Forecast]:
+    """Of all replicas that take requests."""
+    placed: dict[tuple[str, int], list[PlacedRequests]] = {}
+    for since in fleet.placed_since_report:
+        placed.setdefault((since.worker_id, since.replica), []).append(since)
+    return [
+        forecast(
+            worker.worker_id, load, placed.get((worker.worker_id, load.replica), ()), context_tokens
+        )
+        for worker in fleet.workers
+        for load in worker.replicas
+        if load.healthy and not load.draining and load.total_blocks > 0
+    ]
+
+
+def _placement(best: Forecast, forecasts: list[Forecast]) -> Placement:
     full = sum(f.usage > 1.0 for f in forecasts)
     reason = (
         f"memory use would be {best.usage:.0%} with {best.tokens_ahead} tokens ahead and "

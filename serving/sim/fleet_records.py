@@ -31,13 +31,22 @@ class GapHistogram:
         for gap_s in gaps_s.tolist():
             self.add(gap_s, times)
 
+    def listed(self) -> list[tuple[float, int]]:
+        """(seconds, how often), ascending, of what was seen."""
+        places = np.flatnonzero(self.counts).tolist()
+        return [(_middle(place), int(self.counts[place])) for place in places]
+
     def percentile(self, percent: float) -> float | None:
         """Seconds that so many percent of the gaps do not exceed; None without any."""
         reached = np.cumsum(self.counts)
         if not reached[-1]:
             return None
         place = int(np.searchsorted(reached, math.ceil(reached[-1] * percent / 100)))
-        return _SHORTEST_S * math.exp2((place + 0.5) / _PER_OCTAVE)
+        return _middle(place)
+
+
+def _middle(place: int) -> float:
+    return float(f"{_SHORTEST_S * math.exp2((place + 0.5) / _PER_OCTAVE):.6g}")
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from serving.engine.active import ActiveRequest
 from serving.engine.config import EngineConfig
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
+from serving.policy.dispatch import Dispatch, dispatch
 from serving.sim.fleet_clients import FleetClients
 from serving.sim.fleet_records import FleetSample, GapHistogram, RequestTimes
 from serving.sim.fleet_replica import FleetReplica
@@ -31,8 +32,8 @@ class FleetConfig:
 
     num_blocks: of one replica; None: the profile's. engine: settings of every replica. queue:
     requests that the gateway lets wait for their first token. network_s: of one message.
-    report_s: between two load reports. sample_s: between two looks at the fleet. stretches:
-    see FleetReplica.
+    report_s: between two load reports. sample_s: between two looks at the fleet. dispatch: picks
+    the replica of a request.
     """
 
     profile: Profile
@@ -46,13 +47,14 @@ class FleetConfig:
     network_s: float = 0.0003
     report_s: float = 0.25
     sample_s: float = 1.0
-    stretches: bool = True
+    dispatch: Dispatch = dispatch
 
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigurationError."""
-        for name in ("replicas", "replicas_per_worker", "queue"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("replicas", "replicas_per_worker", "num_blocks", "queue"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
         for name in ("report_s", "sample_s"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(
@@ -82,7 +84,7 @@ class FleetResult:
 class FleetRun:
     """A world built from settings. `run` once.
 
-    checked: see World. hash_log: keep a hash of all events.
+    checked: see World. hash_log: keep a hash of all events. stretches: see FleetReplica.
     """
 
     def __init__(
@@ -93,8 +95,10 @@ class FleetRun:
         seed: int = 0,
         checked: bool = False,
         hash_log: bool = False,
+        stretches: bool = True,
     ) -> None:
         self._config = config
+        self._stretches = stretches
         self._workload = workload
         self.world = (
             _HashedWorld(seed, checked=checked) if hash_log else World(seed, checked=checked)
@@ -113,7 +117,7 @@ class FleetRun:
             unplaced_timeout_s=1e9,
             decisions_kept=16,
         )
-        self.gateway = GatewayNode(self.world, gateway)
+        self.gateway = GatewayNode(self.world, gateway, config.dispatch)
         self.workers = self._workers()
         self.clients = FleetClients(self.world, self.gateway, workload, self.times)
 
@@ -177,7 +181,7 @@ class FleetRun:
             publish=partial(worker.publish, replica),
             ended=self._ended,
             gaps=self.gaps,
-            stretches=self._config.stretches,
+            stretches=self._stretches,
         )
 
     def _ended(self, request: ActiveRequest) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.policy.dispatch import Forecast, dispatch, forecast
+from serving.policy.dispatch import Forecast, dispatch, fewest_requests, forecast
 from serving.policy.snapshot import FleetSnapshot, PlacedRequests, ReplicaLoad, WorkerLoad
 
 HIGH, LOW = 0, 1
@@ -98,3 +98,15 @@ def test_forecast_counts_what_is_there_waiting_and_on_its_way():
     placed = [PlacedRequests("w0", 0, 23)]
     # 30 blocks in use; 40 + 23 + 64 + 1 tokens are 8 blocks.
     assert forecast("w0", busy, placed, 64) == Forecast("w0", 0, 0.38, 63, 5)
+
+
+def test_fewest_requests_looks_at_nothing_else():
+    idle, full = load(running=2, free_blocks=90), load(running=1, free_blocks=0)
+    placement = fewest_requests(fleet((idle,), (full,)), 32, HIGH)
+    assert placement is not None
+    assert placement.worker_id == "w1"
+    placed = [PlacedRequests("w1", 0, 10, requests=2)]
+    placement = fewest_requests(fleet((idle,), (full,), placed=placed), 32, HIGH)
+    assert placement is not None
+    assert placement.worker_id == "w0"
+    assert fewest_requests(fleet(()), 32, HIGH) is None

@@ -67,7 +67,7 @@ def outcome(result):
 def test_stretches_change_nothing(seed):
     work = workload(seed)
     with_, without = (
-        FleetRun(config(stretches=stretches), work, checked=seed == 0).run()
+        FleetRun(config(), work, checked=seed == 0, stretches=stretches).run()
         for stretches in (True, False)
     )
     assert outcome(with_) == outcome(without)
