@@ -3,7 +3,7 @@
 {"name": "h200_llama_8b", "hardware": ..., "model": ..., "dtype": ..., "tensor_parallel": 1,
  "source": where the figures come from, "date": "2026-11-25", "assumed": [sentences, one for each
  table that was not measured], "executor": {...}, "cost": {...}, "moves": {...},
- "held_out": {"points", "mean", "largest"} or null}
+ "held_out": {"points", "mean", "largest"} or null, "measured": [Measured, ...] if there is any}
 
 `executor` has the shapes that programs are compiled for (`ProfileExecutor`), `cost` the tables of
 a CostModel as lists of [x, seconds], `moves` is `Moves`.
@@ -11,6 +11,7 @@ a CostModel as lists of [x, seconds], `moves` is `Moves`.
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
-from serving.sim.cost_fit import FitError
+from serving.sim.cost_fit import FitError, Measured
 from serving.sim.cost_model import CostModel, Curve
 
 
@@ -83,7 +84,7 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One replica on some hardware; see the module."""
+    """One replica on some hardware; see the module. measured: what `cost` was fitted to."""
 
     name: str
     hardware: str
@@ -97,6 +98,7 @@ class Profile:
     cost: CostModel
     moves: Moves
     held_out: FitError | None
+    measured: tuple[Measured, ...] = ()
 
     def limits(self, num_blocks: int | None = None) -> ExecutorLimits:
         """What plans may ask of such a replica; num_blocks: instead of those measured."""
@@ -132,13 +134,19 @@ def read_profile(path: Path) -> Profile:
     return profile
 
 
-def profile_json(profile: Profile) -> dict[str, Any]:
-    """The content of a profile's file."""
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile, each measured step on a line of its own."""
     content = dataclasses.asdict(profile)
     for name, value in content["cost"].items():
         if isinstance(value, dict):
             content["cost"][name] = value["points"]
-    return content
+    measured = ",\n    ".join(json.dumps(step) for step in content.pop("measured"))
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    # Points and pairs of numbers on one line each.
+    text = re.sub(r"\[\s+([-\d.e+]+),\s+([-\d.e+]+)\s+\]", r"[\1, \2]", text)
+    if measured:
+        text = text.removesuffix("\n}") + f',\n  "measured": [\n    {measured}\n  ]\n}}'
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -162,7 +170,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-_SPELLED = {int: "a whole number", float: "a number", str: "a text"}
+_SPELLED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 def _record(kind: Any, value: Any, where: str) -> Any:

@@ -11,18 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from serving.engine.device.mixed_call import mixed_size_of
-from serving.engine.device.prefill_calls import CallSize, pack_chunks
 from serving.engine.executor import ExecutorLimits
 from serving.engine.plan import NO_ROWS, Int32, StepPlan, StepResult
 from serving.errors import ExecutorError
-from serving.sim.cost_model import (
-    CallWork,
-    DecodeTimes,
-    Float64,
-    StepWork,
-    attention_pairs,
-)
+from serving.sim.cost_model import DecodeTimes, Float64
+from serving.sim.plan_work import PlanWork
 from serving.sim.profile import Profile
 
 
@@ -47,8 +40,7 @@ class TimedExecutor:
         self._limits = limits
         self._cost = profile.cost
         self._times = DecodeTimes(profile.cost, config.decode_buckets)
-        self._buckets = config.decode_buckets
-        self._sizes = [CallSize(*size) for size in config.chunk_buckets.items()]
+        self._work = PlanWork(config)
         self._kv_len: npt.NDArray[np.int64] = np.zeros(limits.num_rows, np.int64)
         self._in_flight: deque[_InFlight] = deque()
         self._end_after: int | None = None
@@ -153,27 +145,6 @@ class TimedExecutor:
             flight.context += steps * rows.size
             flight.duration = self._times.step(rows.size, flight.context)
         return tokens
-
-    def _work(self, plan: StepPlan, context: int) -> StepWork:
-        """A plan with prefills as the calls that the device makes of it."""
-        decoding = plan.decode_rows.size
-        rows = self._padded(decoding) if decoding else 0
-        mixed = mixed_size_of(plan, self._limits.mixed_sizes)
-        if mixed is not None:
-            pairs = sum(attention_pairs(c.start, c.tokens.size) for c in plan.prefills)
-            work = CallWork(mixed.tokens, pairs)
-            return StepWork(rows, decoding, context, mixed=work)
-        calls = tuple(
-            CallWork(
-                call.size.tokens,
-                sum(attention_pairs(c.start, c.tokens.size) for c in call.chunks),
-            )
-            for call in pack_chunks(plan.prefills, self._sizes)
-        )
-        return StepWork(rows, decoding, context, calls=calls)
-
-    def _padded(self, rows: int) -> int:
-        return next(bucket for bucket in self._buckets if bucket >= rows)
 
 
 def _runs(first: Int32, count: int) -> Int32:

@@ -1,6 +1,7 @@
 """The cost model: the published profile, the fit, and what a profile's file may not say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from serving.sim.cost_model import (
     StepWork,
     attention_pairs,
 )
-from serving.sim.profile import ProfileError, profile_json, read_profile
+from serving.sim.profile import ProfileError, read_profile, write_profile
 
 H200 = Path(__file__).parents[3] / "configs/profiles/h200_llama_8b.json"
 
@@ -83,7 +84,7 @@ def made_up_grid(model):
     return [
         Measured(
             work,
-            tuple(model.seconds(work) * noise.uniform(0.99, 1.01, 5)),
+            tuple((model.seconds(work) * noise.uniform(0.99, 1.01, 5)).tolist()),
             held_out=index % 3 == 2,
         )
         for index, work in enumerate(works)
@@ -125,10 +126,13 @@ def test_least_squares_stay_positive():
 
 
 def test_a_profile_survives_its_file(tmp_path):
-    profile = read_profile(H200)
-    path = tmp_path / "again.json"
-    path.write_text(json.dumps(profile_json(profile)))
-    assert read_profile(path) == profile
+    measured = made_up_grid(read_profile(H200).cost)
+    for steps in ((), tuple(measured)):
+        profile = replace(read_profile(H200), measured=steps)
+        path = tmp_path / "again.json"
+        write_profile(path, profile)
+        assert read_profile(path) == profile
+    assert len(path.read_text().splitlines()) < 100 + len(measured)
 
 
 @pytest.mark.parametrize(
