@@ -35,7 +35,7 @@ from serving.cluster.messages import (
     WorkerHello,
 )
 from serving.cluster.scheduler_core import DispatchRecord, SchedulerCore, WorkerState
-from serving.cluster.timers import Timers
+from serving.cluster.timers import Timers, earlier
 from serving.engine.request import FinishReason
 from serving.errors import (
     DrainingError,
@@ -77,8 +77,7 @@ class GatewayCore:
 
     def next_due(self) -> float | None:
         """When the next GatewayTick is due, on the clock of `now`."""
-        due = [self._timers.next_due(), self._requests.next_due()]
-        return min((time for time in due if time is not None), default=None)
+        return earlier(self._timers.next_due(), self._requests.next_due())
 
     def info(self) -> GatewayInfo:
         """The current state, for clients and metrics."""

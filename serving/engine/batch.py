@@ -62,7 +62,10 @@ class Batch:
         if self._members is None:
             rows = np.flatnonzero(self._decoding).astype(np.int32)
             rows.setflags(write=False)
-            requests = [self._owner(row) for row in rows.tolist()]
+            owners = [self.requests[row] for row in rows.tolist()]
+            requests = [request for request in owners if request is not None]
+            if len(requests) != len(owners):
+                raise InternalError("A row decodes but has no request.")
             self._members = (rows, requests)
         return self._members
 

@@ -262,7 +262,6 @@ class Planner:
         """Take a request's row and blocks; its context so far is computed again later."""
         self._batch.remove(request)
         request.move(RequestState.WAITING)
-        request.check_len = request.end_len
         self._waiting.add(request)
 
     def _seal(self, draft: _Draft, step_id: int, steps: int) -> SubmittedPlan | None:

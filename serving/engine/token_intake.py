@@ -158,23 +158,26 @@ class TokenIntake:
     def _rare_outputs(
         self, sampling: list[ActiveRequest], result: StepResult
     ) -> list[RequestOutput]:
-        """`tokens` where most tokens wait for later ones to be published with."""
+        """`tokens` where most tokens wait for later ones to be published with.
+
+        Those of requests with stop tokens, or with log-probabilities, are looked at one by one.
+        """
         outputs: list[RequestOutput] = []
-        ended = RequestState.ENDED
-        simple = result.logprobs is None
+        logprobs = result.logprobs
         tokens: list[int] = result.tokens[:, 0].tolist()
         for index, (request, token) in enumerate(zip(sampling, tokens, strict=True)):
-            if request.state is ended:
-                continue
             context = request.tokens
             context.append(token)
-            if simple and len(context) < request.check_len and token not in request.stops:
+            if len(context) < request.check_len:
+                continue
+            if request.state is RequestState.ENDED:
+                context.pop()  # it ended while this step was running
                 continue
             finish = self._after_token(request)
             wanted = request.sampling.logprobs
             details: tuple[TokenLogprobs, ...] = ()
-            if result.logprobs is not None and wanted is not None:
-                details = (_token_logprobs(result.logprobs, index, 0, wanted),)
+            if logprobs is not None and wanted is not None:
+                details = (_token_logprobs(logprobs, index, 0, wanted),)
             if finish is not None or len(context) >= request.publish_at:
                 outputs.append(self._output(request, finish, details))
         return outputs
@@ -204,10 +207,13 @@ class TokenIntake:
         )
 
     def _next_check(self, request: ActiveRequest) -> None:
-        check = min(request.end_len, self._memory.next_check(request))
-        if self._publish_every > 1:
-            check = min(check, request.publish_at)
-        request.check_len = check
+        if self._publish_every == 1:
+            request.check_len = min(request.end_len, self._memory.next_check(request))
+        elif request.stops or request.sampling.logprobs is not None:
+            request.check_len = 0
+        else:
+            next_check = self._memory.next_check(request)
+            request.check_len = min(request.end_len, next_check, request.publish_at)
 
     def _after_token(self, request: ActiveRequest) -> FinishReason | None:
         """Blocks for the prefix cache, and the end of the request if its last token is one."""

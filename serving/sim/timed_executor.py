@@ -22,13 +22,14 @@ from serving.sim.profile import Profile
 @dataclass(slots=True)
 class _InFlight:
     """A submitted plan. tokens: int32 [decode rows], what each draws first. context: KV tokens
-    that its first step reads.
+    that its first step reads. owners: int64 [decode rows], whose rows they are.
     """
 
     plan: StepPlan
     tokens: Int32
     context: int
     duration: float
+    owners: npt.NDArray[np.int64]
 
 
 class TimedExecutor:
@@ -42,6 +43,9 @@ class TimedExecutor:
         self._times = DecodeTimes(profile.cost, config.decode_buckets)
         self._work = PlanWork(config)
         self._kv_len: npt.NDArray[np.int64] = np.zeros(limits.num_rows, np.int64)
+        # A number for each assignment: a row that was given away is not whose it was.
+        self._owner: npt.NDArray[np.int64] = np.zeros(limits.num_rows, np.int64)
+        self._owners = 0
         self._in_flight: deque[_InFlight] = deque()
         self._end_after: int | None = None
         self._failure: str | None = None
@@ -56,20 +60,17 @@ class TimedExecutor:
         kv_len = self._kv_len
         for assignment in plan.assignments:
             kv_len[assignment.row] = assignment.kv_len
+            self._owners += 1
+            self._owner[assignment.row] = self._owners
         rows = plan.decode_rows
         lengths = kv_len[rows]
         context = int(lengths.sum())
-        if plan.prefills:
-            duration = self._cost.seconds(self._work(plan, context))
-            for chunk in plan.prefills:
-                kv_len[chunk.row] += chunk.tokens.size
-        elif plan.steps == 1:
-            duration = self._times.step(rows.size, context)
-        else:
-            duration = float(self._times.series(rows.size, context, plan.steps).sum())
-        kv_len[rows] += plan.steps
         tokens = (lengths + 1).astype(np.int32)
-        self._in_flight.append(_InFlight(plan, tokens, context, duration))
+        duration = self._seconds(plan, context)
+        self._in_flight.append(_InFlight(plan, tokens, context, duration, self._owner[rows]))
+        kv_len[rows] += plan.steps
+        for chunk in plan.prefills:
+            kv_len[chunk.row] += chunk.tokens.size
 
     def predicted_duration(self, plan: StepPlan, steps: int | None = None) -> float:
         """Seconds that a submitted, not yet collected plan takes on the device.
@@ -98,7 +99,7 @@ class TimedExecutor:
         if self._end_after is not None:
             taken = min(taken, self._end_after)
             self._end_after = None
-            self._kv_len[plan.decode_rows] -= plan.steps - taken
+            self._take_back(flight, plan.steps - taken)
         if plan.steps > 1:
             return StepResult(plan.step_id, plan.decode_rows, _runs(flight.tokens, taken))
         if not plan.prefills:
@@ -145,6 +146,25 @@ class TimedExecutor:
             flight.context += steps * rows.size
             flight.duration = self._times.step(rows.size, flight.context)
         return tokens
+
+    def _seconds(self, plan: StepPlan, context: int) -> float:
+        if plan.prefills:
+            return self._cost.seconds(self._work(plan, context))
+        rows = plan.decode_rows.size
+        if plan.steps == 1:
+            return self._times.step(rows, context)
+        return float(self._times.series(rows, context, plan.steps).sum())
+
+    def _take_back(self, ended: _InFlight, steps: int) -> None:
+        """A plan ended so many steps early: what comes later of its rows comes earlier."""
+        rows = ended.plan.decode_rows
+        theirs = rows[self._owner[rows] == ended.owners]
+        self._kv_len[theirs] -= steps
+        for flight in self._in_flight:
+            shorter = np.isin(flight.plan.decode_rows, theirs)
+            flight.tokens[shorter] -= np.int32(steps)
+            flight.context -= steps * int(shorter.sum())
+            flight.duration = self._seconds(flight.plan, flight.context)
 
 
 def _runs(first: Int32, count: int) -> Int32:

@@ -5,12 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.engine.config import EngineConfig
+from serving.engine.events import AddRequest
 from serving.engine.plan import PrefillChunk, RowAssignment, StepPlan
-from serving.engine.request import SamplingParams
+from serving.engine.request import EngineRequest, RequestOutput, SamplingParams
 from serving.errors import ExecutorError
 from serving.sim.cost_model import CallWork, StepWork, attention_pairs
+from serving.sim.executor import SimExecutor
 from serving.sim.profile import read_profile
+from serving.sim.replica_node import ReplicaNode
 from serving.sim.timed_executor import TimedExecutor
+from serving.sim.world import World
 
 PROFILE = read_profile(Path(__file__).parents[3] / "configs/profiles/h200_llama_8b.json")
 
@@ -113,3 +118,28 @@ def test_a_failure_comes_back_as_a_result():
         executor.collect()
     with pytest.raises(ExecutorError, match="not in flight"):
         executor.predicted_duration(decode(9, [0]))
+
+
+def test_the_shell_of_the_fault_search_runs_on_it_too():
+    world = World(0)
+    published: list[RequestOutput] = []
+    executor: SimExecutor = made()
+    node = ReplicaNode(
+        world,
+        "r",
+        executor,
+        EngineConfig(decode_steps=8),
+        stepped=lambda outputs, load: published.extend(outputs),
+        failed=lambda reason: None,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    world.time.at(0.0, lambda: node.post(AddRequest(EngineRequest("a", 1, (5,) * 100, sampling))))
+    # In the middle of eight steps, which end after the one under way.
+    world.time.at(0.05, lambda: node.post(AddRequest(EngineRequest("b", 1, (6,) * 50, sampling))))
+    while world.time.step():
+        pass
+    for name, prompt in (("a", 100), ("b", 50)):
+        tokens = [t for output in published if output.request_id == name for t in output.tokens]
+        assert tokens == list(range(prompt, prompt + 30))
+    assert max(len(output.tokens) for output in published) == 8
+    assert node.core.is_idle()
