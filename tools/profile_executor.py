@@ -8,7 +8,7 @@ JAX_PLATFORMS=cpu python tools/profile_executor.py --smoke
 A grid of decode steps (rows by context), prefill calls (tokens by prefix, one prompt and several),
 mixed calls, and both in one step: two plans in flight, from one step's end to the next one's, every
 repetition kept. A part of the grid is held out of the fit; the errors there are what the profile
-promises. Weights are random: time does not depend on them. About 30 s on an H200, and the start.
+promises. Weights are random: time does not depend on them. About 45 s on an H200, and the start.
 """
 
 import datetime
@@ -36,7 +36,7 @@ from tools.bench.executor_grid import GridClock, GridTimes, grid, grid_table
 
 _NAME = flags.DEFINE_string("name", "measured", "The profile's name.")
 _PROFILE = flags.DEFINE_string("profile", "", "JSON file to write. Empty: none.")
-_SECONDS = flags.DEFINE_float("point_seconds", 0.25, "Of measuring each point of the grid.")
+_SECONDS = flags.DEFINE_float("point_seconds", 0.15, "Of measuring each point of the grid.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and a tiny grid, to see that all works.")
 _COPY = flags.DEFINE_float(
     "copy_gb_s", 560.0, "KV from one device of a host to another, in GB/s; assumed, not measured."

@@ -150,7 +150,7 @@ class GridClock:
 
     executor: Executor
     config: DeviceExecutorConfig
-    seconds: float = 0.25
+    seconds: float = 0.15
     fewest: int = 4
     most: int = 20
     warm_up: int = 3
