@@ -8,7 +8,7 @@ import pytest
 
 from lumen.presets import preset
 from serving.engine.device.config import DeviceExecutorConfig
-from serving.engine.device.programs import HeadKind
+from serving.engine.device.head_programs import HeadKind
 from tools.aot.compiling import check_total, compile_programs, needed_bytes
 from tools.aot.deployment import Deployment, DoesNotFitError, plan
 from tools.aot.topologies import HBM_BYTES, slices_named

@@ -14,12 +14,13 @@ from serving.engine.device.compile_children import CompileChildren
 from serving.engine.device.compile_recipe import recipe
 from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.config import DeviceExecutorConfig
+from serving.engine.device.head_programs import DRAWN_KINDS, HeadKind, draw_sizes
 from serving.engine.device.program_arguments import ArgumentLister
 from serving.engine.device.program_cache import ProgramCache, open_program_cache
 from serving.engine.device.program_identity import replica_identity
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_source import Key, Source
-from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
+from serving.engine.device.programs import ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
 _SLOWEST = (
@@ -121,8 +122,8 @@ class ProgramMaking:
 
 def program_count(config: DeviceExecutorConfig) -> int:
     """How many programs a replica has."""
-    calls = len(config.chunk_buckets) + len(config.mixed_sizes)
-    return 1 + len(config.decode_buckets) * (2 + len(HeadKind)) + calls * 3
+    sizes, calls = config.decode_buckets, len(config.chunk_buckets) + len(config.mixed_sizes)
+    return 1 + len(sizes) * 4 + len(draw_sizes(sizes)) * len(DRAWN_KINDS) + calls * 3
 
 
 def _name(key: Key, chunks: dict[int, int]) -> str:

@@ -34,10 +34,11 @@ from serving.engine.device.compile_children import CompileChildren, children_for
 from serving.engine.device.compile_recipe import RecipeError, recipe
 from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.executables import loaded_executable
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.memory import DeviceMemory
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_source import Source
-from serving.engine.device.programs import HeadKind, ProgramBuilder
+from serving.engine.device.programs import ProgramBuilder
 
 KEY = ("prefill_last", 16)
 CONFIG = DeviceExecutorConfig(
@@ -174,7 +175,7 @@ def test_a_child_that_dies_is_not_waited_for(made, caplog):
 def test_a_child_that_dies_at_work_is_not_waited_for(made):
     children = made()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(children.compile, ("head", 1, HeadKind.COMPLETE))
+        coming = pool.submit(children.compile, ("draw", 1, HeadKind.COMPLETE))
         time.sleep(0.1)
         kill(children)
         assert coming.result(30) is None
