@@ -96,7 +96,7 @@ def start(weights, folder, monkeypatch, *, count=2, devices=None):
 
 def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch, drive, prompt):
     executor, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == 1 + 6 + 3
+    assert len(names) == 1 + 7 + 3
     assert not lowered
     assert not [name for name in names if name.endswith(LOADED)]
     arena = sum(segment.nbytes for segment in executor._passes.arena)
@@ -120,7 +120,7 @@ def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch
 def test_what_children_cannot_do_is_done_here(weights, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(compile_children, "_MODULE", "serving.engine.device.no_such_module")
     _, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == len(lowered) + 1 == 10  # zero_arena is lowered in a way of its own
+    assert len(names) == len(lowered) + 1 == 11  # zero_arena is lowered in a way of its own
     assert caplog.text.count("A process that compiles is gone") == 2
 
 
@@ -130,7 +130,7 @@ def test_a_system_without_room_for_children_compiles_here(weights, tmp_path, mon
 
     monkeypatch.setattr(compile_children.subprocess, "Popen", none)
     _, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == len(lowered) + 1 == 10
+    assert len(names) == len(lowered) + 1 == 11
     assert "All programs are compiled in one process: [Errno 11]" in caplog.text
 
 
