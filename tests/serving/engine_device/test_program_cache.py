@@ -36,6 +36,7 @@ from serving.engine.device.compilation import compile_all, without_jax_cache
 from serving.engine.device.program_cache import (
     ProgramCache,
     check_trusted,
+    loads_what_it_saved,
     may_load,
     open_program_cache,
 )
@@ -46,7 +47,7 @@ from serving.engine.device.program_identity import (
     source_digest,
 )
 from serving.engine.device.program_shapes import ProgramShapes
-from serving.engine.device.program_signature import mismatch
+from serving.engine.device.program_signature import UNTOLD, mismatch
 from serving.engine.device.program_source import Source
 from serving.engine.device.programs import ProgramBuilder
 from serving.engine.device.step_attention import StepAttention
@@ -410,12 +411,12 @@ def test_folders_are_made_for_their_owner_alone(filled):
     assert {path.stat().st_mode & 0o77 for path in (root, *root.rglob("*"))} == {0}
 
 
-def test_devices_that_compute_nonsense_from_a_file_get_no_cache(tmp_path, monkeypatch, caplog):
+def test_devices_that_compute_nonsense_from_a_file_get_no_cache(monkeypatch, caplog):
     loaded = program_cache.loaded_executable
     monkeypatch.setattr(
         program_cache, "loaded_executable", lambda *what: lambda x: loaded(*what)(x) + 1.0
     )
-    assert open_program_cache(tmp_path / "cache", mesh_of(0, 1), {}) is None
+    assert not loads_what_it_saved(mesh_of(0, 1))
     assert "nonsense" in caplog.text
 
 
@@ -460,3 +461,17 @@ def test_jax_caches_nothing_meanwhile():
         nested.enter_context(without_jax_cache())
         assert not jax.config.jax_enable_compilation_cache
     assert jax.config.jax_enable_compilation_cache
+
+
+def test_parts_of_arguments_that_only_tracing_tells_are_not_looked_at(tmp_path):
+    struct = doubling(mesh_of(0), 4).arguments[0]
+
+    def first(pair):
+        return pair[0]
+
+    compiled = jax.jit(first).lower((struct, (struct, struct))).compile()
+    assert mismatch(compiled, ((struct, (struct, struct)),)) is None
+    assert mismatch(compiled, ((struct, UNTOLD),)) is None
+    assert mismatch(compiled, (UNTOLD,)) is None
+    assert "another structure" in mismatch(compiled, ((UNTOLD, struct),))
+    assert "another structure" in mismatch(compiled, ((struct, UNTOLD, UNTOLD),))
