@@ -87,6 +87,7 @@ class ProgramMaking:
         wanted = {name: source for name, source in self._sources.items() if not cache.has(name)}
         count = compile_children.children_for(self._devices, len(wanted))
         if not count:
+            compile_children.dismiss()
             return
         config = self._config
         try:
