@@ -41,7 +41,8 @@ from tools.bench.engine.trace import read_trace
 from tools.bench.engine.trace_latency import TraceOptions
 
 _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
-_BATCHES = flags.DEFINE_list("batches", [], "Decode batches of `a` and `idle`. Default: all.")
+_BATCHES = flags.DEFINE_list("batches", [], "Decode batches of `a`. Default: those of its bars.")
+_PROFILED = flags.DEFINE_list("profiled", [], "Decode batches of `idle`. Default: --batches.")
 _REPS = flags.DEFINE_integer("reps", 3, "Runs of each work: one sample each.")
 _STARTS = flags.DEFINE_integer("starts", 1, "Cold starts, and warm ones: one sample each.")
 _BUDGET = flags.DEFINE_integer(
@@ -92,7 +93,8 @@ def main(arguments: list[str]) -> None:
             profile_dir=Path(_PROFILE.value) if _PROFILE.value else None,
             trace=_trace(),
             gateway=_gateway(),
-            batches=_batches(),
+            batches=_batches(_BATCHES),
+            profiled=_batches(_PROFILED),
         )
         if _START_ONLY.value:
             print(start_up.report(build(options.settings, cache)))
@@ -111,10 +113,11 @@ def _gateway() -> tuple[str, ...]:
     return tuple(name for name in _GATEWAY.value if named or name in _WORKS.value)
 
 
-def _batches() -> tuple[int, ...] | None:
-    if not all(batch.strip().isdecimal() for batch in _BATCHES.value):
-        raise ValueError(f"--batches={','.join(_BATCHES.value)} must be whole numbers.")
-    return tuple(int(batch) for batch in _BATCHES.value) or None
+def _batches(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...] | None:
+    if not all(batch.strip().isdecimal() and int(batch) for batch in flag.value):
+        told = f"--{flag.name}={','.join(flag.value)}"
+        raise ValueError(f"{told}: each must be a whole number, at least 1.")
+    return tuple(int(batch) for batch in flag.value) or None
 
 
 def _trace() -> TraceOptions | None:

@@ -36,7 +36,8 @@ class Options:
     the cold and the warm start. command: that starts one, with all its flags. cache_dir: of
     compiled programs, for the engine measured; None: one that is thrown away. profile_dir: where
     profiles are kept. trace: what `itl` plays; None: it is not measured. gateway: works that are
-    measured through a gateway and a worker, too. batches: of (a) and `idle`; None: all."""
+    measured through a gateway and a worker, too. batches: of (a), profiled: of `idle`; None: those
+    of `FULL`, of `idle` else batches."""
 
     settings: EngineSettings
     works: tuple[str, ...] = WORK_NAMES
@@ -49,6 +50,7 @@ class Options:
     trace: TraceOptions | None = None
     gateway: tuple[str, ...] = ()
     batches: tuple[int, ...] | None = None
+    profiled: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in self.gateway:
@@ -61,8 +63,6 @@ class Options:
                 raise ValueError(f"--works={name}: no such work; there are {list(WORK_NAMES)}.")
         if not self.works:
             raise ValueError("--works must name something.")
-        if self.batches is not None and not all(batch > 0 for batch in self.batches):
-            raise ValueError(f"--batches={self.batches}: each must be at least 1.")
         if self.reps < 1 or self.starts < 1:
             raise ValueError("--reps and --starts must be at least 1.")
         if self.gateway and self.settings.pipeline_depth != 2:
@@ -75,9 +75,11 @@ class Options:
     def sizes(self) -> Sizes:
         """Of all works."""
         sizes = SMOKE if self.smoke else FULL
-        if self.batches is None:
-            return sizes
-        return replace(sizes, batches=self.batches, profiled=self.batches)
+        return replace(
+            sizes,
+            batches=self.batches or sizes.batches,
+            profiled=self.profiled or self.batches or sizes.profiled,
+        )
 
     @property
     def large(self) -> bool:
