@@ -9,6 +9,17 @@ A mailbox (`mailbox`) is memory that all programs of a replica share, known to k
 address: XLA neither owns nor moves it, and a call costs the host nothing. It has two halves, which
 the calls of a step take in turns. A device that stores into a half again has finished the call
 between, in which every other one took part after it had emptied that half.
+
+Rows of 8,192 on two H200s, November 2026, 64 calls one behind the other in a program, microseconds
+per sum, residual sum and norm; XLA's are its own kernel of one or two shots, or NCCL, and a norm of
+ours. XLA launches either by itself, so that the rest of a program is no longer one graph.
+
+| rows | 1 | 32 | 128 |
+|---|---|---|---|
+| this kernel | 7.1 | 6.4 | 10.5 |
+| XLA's kernel | 21.9 | 25.9 | 26.3 |
+| NCCL | 21.8 | 23.5 | 33.3 |
+| the norm without a sum | 6.1 | 6.8 | 5.6 |
 """
 
 from collections.abc import Callable, Sequence

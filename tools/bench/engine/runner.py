@@ -249,10 +249,10 @@ def _byte_floor(settings: EngineSettings) -> Callable[[int, int], float | None]:
 @contextlib.contextmanager
 def _engine(options: Options, cache: Path, outcome: Outcome) -> Iterator[InProcessEngine]:
     built = build(options.settings, cache)
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], options.settings.tensor_parallel
     memory = device.memory_stats() or {}
     outcome.facts.update(
-        device=device.device_kind,
+        device=f"{count} x {device.device_kind}" if count > 1 else device.device_kind,
         kv_tokens=built.kv_tokens,
         this_start_s=round(built.seconds, 2),
         peak_bytes_after_start=memory.get("peak_bytes_in_use"),
