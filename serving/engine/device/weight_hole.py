@@ -6,6 +6,7 @@ them in place; whatever is loaded or compiled meanwhile lies behind them.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,16 @@ Extent = tuple[int, int]
 
 Extents = Callable[[jax.Array], Sequence[Extent]]
 """Of an array, that on each device of its mesh, in the mesh's order."""
+
+
+def stays(device: jax.Device) -> bool:
+    """Whether free memory of this device is only worth what lies in one piece.
+
+    So it is where JAX gives out parts of what it took at once. CUDA's own allocator, like that of
+    a CPU, moves pages together.
+    """
+    allocator = os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default")
+    return device.platform == "gpu" and allocator in {"default", "bfc"}
 
 
 def reserve(unit: ModuleDef[Any], mesh: Mesh, numbers: Sequence[int]) -> dict[int, Weights]:
