@@ -65,8 +65,8 @@ _WIDE = 128
 
 _WIDE_GATED = 96
 """The same of gated products of few rows, which XLA makes in two passes. Between this and `_WIDE`
-none was measured: a quarter of Llama-3.1-70B's has 7,168 columns, 128 tiles of 56. Half of it, twice
-as many tiles, streamed at 4.26 TB/s with 32 rows."""
+none was measured: a quarter of Llama-3.1-70B's has 7,168 columns, 128 tiles of 56. Half of it, with
+twice as many tiles, streamed at 4.26 TB/s with 32 rows."""
 
 _MANY = 512
 """Rows of x from which a gated product is cut for multiplying rather than for streaming w."""
