@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from lumen_kernels.add_norm import add_rms_norm
-from lumen_kernels.matmul import matmul, silu_gated
+from lumen_kernels.matmul import matmul, rule, silu_gated
 from lumen_kernels.target import Target
 
 
@@ -37,8 +39,28 @@ def run(
     x = summed(matmul(attended, weights.o, target=target))
     hidden, x = add_rms_norm(x, hidden, norms[0], eps, target=target)
     inner = silu_gated(x, weights.gate_up, target=target)
-    x = summed(matmul(inner, weights.down, target=target))
     if weights.qkv is None:
-        return hidden + x, None
+        return hidden + summed(matmul(inner, weights.down, target=target)), None
+    parts = rule.parts(inner.shape[0], weights.down.shape, inner.dtype, target)
+    if reduce is None and parts > 1:
+        x = _in_parts(inner, weights.down, parts)
+    else:
+        x = summed(matmul(inner, weights.down, target=target))
     hidden, x = add_rms_norm(x, hidden, norms[1], eps, target=target)
     return hidden, matmul(x, weights.qkv, target=target)
+
+
+def _in_parts(x: jax.Array, w: jax.Array, parts: int) -> jax.Array:
+    """x [m, k] times w [n, k] transposed as float32 [parts, m, n], which add up to it.
+
+    XLA too would cut a product of few tiles along its depth, and add the parts up in a launch of
+    its own; the norm does it while it is at it.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    product: jax.Array = lax.dot_general(
+        x.reshape(m, parts, k // parts),
+        w.reshape(n, parts, k // parts),
+        (((2,), (2,)), ((1,), (1,))),
+        preferred_element_type=jnp.float32,
+    )
+    return product
