@@ -102,11 +102,14 @@ class DecoderUnit(nnx.Module):
         attend: Attend,
         target: Target,
         axis_name: str | None = None,
+        kept: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Run the unit's layers.
 
         hidden [tokens, hidden] in the model's dtype; target: of the mesh this is traced for.
-        Returns the new hidden states and the arena as `attend` left it.
+        kept: int32 [k], the tokens whose hidden states are wanted; None: all. Of the others the
+        last layer computes keys and values and no more, and `attend` returns its outputs for those
+        kept. Returns the new hidden states and the arena as `attend` left it.
         """
         eps, layers = self.config.rms_norm_eps, list(self.layers)
         reduce = None if axis_name is None else partial(lax.psum, axis_name=axis_name)
@@ -116,6 +119,8 @@ class DecoderUnit(nnx.Module):
         for index, layer in enumerate(layers):
             assert projected is not None  # a layer that has one after it projects for it
             attended, arena = attend(index, self._projections(index, projected), arena)
+            if kept is not None and index + 1 == len(layers):
+                hidden = hidden[kept]
             following = layers[index + 1].qkv[...] if index + 1 < len(layers) else None
             hidden, projected, meetings = dense_chain(
                 attended.reshape(attended.shape[0], -1),

@@ -29,6 +29,8 @@ class DeviceExecutorConfig:
     every row at full length, within 1 GiB unless a single request needs more.
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV.
     max_logprobs: most alternatives reported per token.
+    droppable_units: numbers of units whose weights lie in one piece of a device's memory, so that
+    one allocation can have it if they are dropped.
     compile_threads: programs compiled at a time.
     cache_dir: where compiled programs are kept, trusted like the code itself (`program_cache`);
     None: none are, except as JAX is configured.
@@ -46,6 +48,7 @@ class DeviceExecutorConfig:
     mixed_calls: tuple[tuple[int, int], ...] = ()
     dtype: str = "float32"
     max_logprobs: int = 20
+    droppable_units: tuple[int, ...] = ()
     compile_threads: int = 4
     cache_dir: Path | None = None
 

@@ -23,7 +23,7 @@ from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
 _SLOWEST = (
-    "mixed_unit", "decode_unit", "prefill_unit",
+    "mixed_unit", "mixed_last", "decode_unit", "prefill_unit", "prefill_last",
     HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED,
 )  # fmt: skip
 """Kinds of programs that take long to make, the longest first. Of units, those of few rows do."""
