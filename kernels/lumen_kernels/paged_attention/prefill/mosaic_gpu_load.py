@@ -63,7 +63,13 @@ def load(
             ):
                 local = slot - begin
                 source = pages[index].at[local if halves == 1 else local * 2 + half]
-                start = partial(plgpu.copy_gmem_to_smem, source.at[source_rows, lanes], into, to)
+                start = partial(
+                    plgpu.copy_gmem_to_smem,
+                    source.at[source_rows, lanes],
+                    into,
+                    to,
+                    collective_axes=plan.load_axis,
+                )
                 if len(pages) == 1:
                     start()
                 else:
@@ -86,8 +92,9 @@ def load(
         @pl.when(valid < key_tile)
         def part() -> None:
             # What lies behind the context may be NaN, which a weight of zero does not remove.
-            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded)
-            plgpu.barrier_wait(ragged_loaded)
+            # Into a barrier of the slot: it is used again only after both programs of a cluster.
+            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded.at[slot])
+            plgpu.barrier_wait(ragged_loaded.at[slot])
             _clear_from(v_ring, slot, key_tile, head_dim, valid)
             plgpu.commit_smem()
             for _ in range(plan.pages_per_tile):
@@ -127,10 +134,13 @@ def load(
         return turn
 
     for_each_item(plan, tiles, item, jnp.int32(0))
-    if plan.options.target.interpret:  # it wants every arrival awaited
+    if plan.options.target.interpret or plan.load_axis:
+        # The interpreter wants every arrival awaited. The chip does not mind, but no program may
+        # end while another of its cluster still signals it.
         for slot in range(stages):
             plgpu.barrier_wait(k_freed.at[slot])
             plgpu.barrier_wait(v_freed.at[slot])
+    if plan.options.target.interpret:
         for consumer in range(CONSUMERS):
             plgpu.barrier_wait(q_freed.at[consumer])
 
