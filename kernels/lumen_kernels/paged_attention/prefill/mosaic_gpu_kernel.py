@@ -138,7 +138,7 @@ class Plan:
             plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),  # queries and row loaded
             plgpu.Barrier(num_barriers=CONSUMERS),  # their buffers free
             plgpu.Barrier(num_barriers=CONSUMERS),  # turn to issue products
-            loaded,  # values of a ragged tile
+            plgpu.Barrier(num_arrivals=self.pages_per_tile),  # values of a ragged tile loaded
         ]
 
 

@@ -46,9 +46,19 @@ def load(
         return tuple(tables[row, block] for block in blocks)
 
     def copy(
-        ring: Any, turn_slot: Any, bases: Any, head: Any, tile: Any, half: int, to: Any
+        ring: Any,
+        turn_slot: Any,
+        bases: Any,
+        head: Any,
+        tile: Any,
+        half: int,
+        to: Any,
+        axis: str | None = plan.load_axis,
     ) -> None:
-        """Start the copies of one tile of keys or values; `to` is the barrier they arrive at."""
+        """Start the copies of one tile of keys or values; `to` is the barrier they arrive at.
+
+        axis: of the programs that load it together.
+        """
         rows = min(key_tile, block_size)
         source_rows = pl.ds(0, block_size)
         if block_size > key_tile:
@@ -68,7 +78,7 @@ def load(
                     source.at[source_rows, lanes],
                     into,
                     to,
-                    collective_axes=plan.load_axis,
+                    collective_axes=axis,
                 )
                 if len(pages) == 1:
                     start()
@@ -92,9 +102,9 @@ def load(
         @pl.when(valid < key_tile)
         def part() -> None:
             # What lies behind the context may be NaN, which a weight of zero does not remove.
-            # Into a barrier of the slot: it is used again only after both programs of a cluster.
-            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded.at[slot])
-            plgpu.barrier_wait(ragged_loaded.at[slot])
+            # Every program loads it for itself: none may change what another still writes to.
+            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded, axis=None)
+            plgpu.barrier_wait(ragged_loaded)
             _clear_from(v_ring, slot, key_tile, head_dim, valid)
             plgpu.commit_smem()
             for _ in range(plan.pages_per_tile):
