@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm.mailbox import addresses, mailboxes
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import Compiled
 from serving.engine.device.decode_batch import DecodeBatch, DecodeBatches
 from serving.engine.device.head_programs import HeadKind, draw_size_of
 from serving.engine.device.prefill_calls import CallSize, PrefillCall, most_sequences
+from serving.engine.device.program_shapes import Place
 from serving.engine.device.programs import Programs
 from serving.engine.device.rows import RowState, mask_array
 from serving.engine.device.step_attention import LastTokens
@@ -59,8 +61,12 @@ class DevicePasses:
         self._limits = limits
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
         self.last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
-        self._offsets = [
-            tuple(self._put(offset) for offset in _layer_offsets(model, unit))
+        mail: tuple[jax.Array, ...] = ()
+        if programs.mailboxes is not None:
+            self._mailboxes = mailboxes(programs.mailboxes, model.mesh)  # kept: kernels store there
+            mail = (addresses(programs.mailboxes, self._mailboxes),)
+        self._places = [
+            Place(tuple(self._put(offset) for offset in _layer_offsets(model, unit)), mail)
             for unit in range(len(model.units))
         ]
         self._decode_buckets = sorted(programs.decode_unit)
@@ -76,7 +82,20 @@ class DevicePasses:
         self._batches = DecodeBatches(self.rows, self._decode_buckets, self._put)
 
     def rehearse(self) -> None:
-        """See `DeviceExecutor.rehearse`."""
+        """See `DeviceExecutor.rehearse`.
+
+        Several devices wait for each program: while one is given new kernels, no other may be in a
+        kernel that waits for it, as loading may wait for what runs.
+        """
+        programs = self.programs
+        if self.model.mesh.size > 1:
+            self.programs = programs.awaited()
+        try:
+            self._rehearse()
+        finally:
+            self.programs = programs
+
+    def _rehearse(self) -> None:
         padding = self.rows.padding
         done: list[jax.Array] = []
         for bucket in self._decode_buckets:
@@ -135,9 +154,9 @@ class DevicePasses:
             self.model.embedding, self.last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
-        for weights, offsets in zip(self.model.units, self._offsets, strict=True):
+        for weights, place in zip(self.model.units, self._places, strict=True):
             hidden, self.arena = unit(
-                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, offsets
+                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, place
             )
         return hidden
 
@@ -170,11 +189,11 @@ class DevicePasses:
         last: LastTokens,
     ) -> jax.Array:
         """All layers of a call with prompt tokens: the hidden states of its last tokens."""
-        *front, final = zip(self.model.units, self._offsets, strict=True)
-        for weights, offsets in front:
-            hidden, self.arena = unit(weights, hidden, self.arena, *context, offsets)
-        weights, offsets = final
-        hidden, self.arena = last_unit(weights, hidden, self.arena, *context, offsets, last)
+        *front, final = zip(self.model.units, self._places, strict=True)
+        for weights, place in front:
+            hidden, self.arena = unit(weights, hidden, self.arena, *context, place)
+        weights, place = final
+        hidden, self.arena = last_unit(weights, hidden, self.arena, *context, place, last)
         return hidden
 
     def _sample_batch(

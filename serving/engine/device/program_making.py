@@ -121,7 +121,8 @@ class ProgramMaking:
             kind, *rest = source.key
             place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
             tables.setdefault(kind, {})[place] = compiled[name]
-        return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
+        made = {**tables, "zero_arena": tables["zero_arena"][None]}
+        return Programs(**made, mailboxes=self.shapes.mailboxes)
 
     def close(self) -> None:
         """End the children."""

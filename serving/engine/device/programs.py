@@ -10,13 +10,14 @@ Everything runs inside one `shard_map` over the tensor axis.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm import Mailboxes
 from lumen_kernels.target import Target
 
 from lumen.sharding import TENSOR_AXIS
@@ -33,11 +34,11 @@ from serving.engine.device.program_shapes import (
     ARENA,
     SEQUENCE_FIELDS,
     WHOLE,
+    Place,
     ProgramShapes,
 )
 from serving.engine.device.step_attention import (
     LastTokens,
-    Offsets,
     Schedule,
     Step,
     StepAttention,
@@ -52,17 +53,17 @@ class Programs:
 
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
         -> hidden [b, hidden size], step, schedule
-    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offsets) -> hidden, arena
+    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, place) -> hidden, arena
     prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule,
         last, rows [s]
-    prefill_unit[c](unit, hidden, arena, call, step, schedule, offsets) -> hidden, arena
-    prefill_last[c](unit, hidden, arena, call, step, schedule, offsets, last)
+    prefill_unit[c](unit, hidden, arena, call, step, schedule, place) -> hidden, arena
+    prefill_last[c](unit, hidden, arena, call, step, schedule, place, last)
         -> hidden [s, hidden size], arena
     mixed_embed[size](embedding, last_tokens, packed) -> hidden [size.tokens, hidden size],
         context, step, decode schedule, prefill schedule, last, rows [b]
-    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets)
+    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place)
         -> hidden, arena
-    mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets,
+    mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place,
         last) -> hidden [b, hidden size], arena
     head[b](head, hidden, last_tokens, rows, lengths) -> tokens [b], last_tokens, next lengths [b]
     logits[b](head, hidden, rows, lengths, sampling [5, b])
@@ -73,9 +74,9 @@ class Programs:
 
     step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
     of this step is cut over the chip, the same for all layers; a tuple, empty where the backend
-    needs none. offsets: of each of the unit's layers, slots of a block before those of the layer;
-    a tuple of scalars, as a GPU would launch a kernel to add to one. rows: num_rows marks a padding
-    row. lengths: tokens including the one being run, 0 for padding.
+    needs none. place: a `Place`; the offsets, of each of the unit's layers, are slots of a block
+    before those of the layer: scalars, as a GPU would launch a kernel to add to one. rows: num_rows
+    marks a padding row. lengths: tokens including the one being run, 0 for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
     size: a `MixedSize`, whose rows are a batch b that head takes. packed: of a mixed call, see
@@ -83,6 +84,7 @@ class Programs:
     those that they are of.
     d: of `draw_sizes`, the smallest that holds b rows. drawn: rows, lengths and sampling, padded.
     masks: uint32 [d, words] for COMPLETE.
+    mailboxes: of the devices, if programs sum over them by a kernel; `place` then has addresses.
     arena is donated to the units, and hidden where it has the shape of the result; nothing else is.
     """
 
@@ -98,6 +100,20 @@ class Programs:
     mixed_embed: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_unit: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_last: dict[MixedSize, Compiled] = field(default_factory=dict)
+    mailboxes: Mailboxes | None = None
+
+    def awaited(self) -> "Programs":
+        """The same, but each call returns when the devices are done with it."""
+
+        def wait(program: Compiled) -> Compiled:
+            return lambda *arguments: jax.block_until_ready(program(*arguments))
+
+        kinds: dict[str, Any] = {
+            one.name: {place: wait(program) for place, program in found.items()}
+            for one in fields(self)
+            if isinstance(found := getattr(self, one.name), dict)
+        }
+        return replace(self, **kinds)
 
 
 class ProgramBuilder:
@@ -212,11 +228,11 @@ class ProgramBuilder:
             lengths: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
-            attend = self._attention.decode_attend(step, schedule, tables, lengths, offsets)
+            attend = self._attention.decode_attend(step, schedule, tables, lengths, place.offsets)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -227,7 +243,7 @@ class ProgramBuilder:
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
                 self._attention.step_shape(rows),
                 self._schedule_shape(self._attention.decode_schedule, shapes.int32(rows)),
-                self._attention.offsets_shape(),
+                shapes.place(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -258,7 +274,8 @@ class ProgramBuilder:
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_unit(
             weights: Sequence[jax.Array],
@@ -267,12 +284,14 @@ class ProgramBuilder:
             call: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(step, schedule, tables, starts, counts, offsets)
+            attend = self._attention.prefill_attend(
+                step, schedule, tables, starts, counts, place.offsets
+            )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -280,7 +299,8 @@ class ProgramBuilder:
         return self._lower(prefill_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
 
     def _prefill_last(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_last(
             weights: Sequence[jax.Array],
@@ -289,15 +309,15 @@ class ProgramBuilder:
             call: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
             last: LastTokens,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
             attend = self._attention.prefill_attend(
-                step, schedule, tables, starts, counts, offsets, last
+                step, schedule, tables, starts, counts, place.offsets, last
             )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, last.places
+                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
             )
             return result
 
@@ -318,7 +338,7 @@ class ProgramBuilder:
                 partial(attention.prefill_schedule, tokens=tokens),
                 shapes.int32(sequences), shapes.int32(sequences),
             ),
-            attention.offsets_shape(),
+            shapes.place(),
         )  # fmt: skip
 
     def _schedule_shape(
