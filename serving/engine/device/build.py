@@ -69,6 +69,7 @@ def build_device_executor(
             progress(done, total, name + LOADED if loaded else name)
 
     with jax_cache(config.cache_dir, devices), contextlib.ExitStack() as ends:
+        ends.callback(compile_children.dismiss)
         making = _early(source, mesh, config)
         if making is not None:
             ends.callback(making.close)

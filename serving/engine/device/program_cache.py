@@ -114,12 +114,12 @@ def open_program_cache(
 ) -> ProgramCache | None:
     """The cache of one replica identity below `root`; None if its devices cannot have one.
 
-    To be called, like `store`, while JAX's own cache is off. Identities not used for longest are
-    removed until all take at most `max_bytes`. Raises ConfigurationError if somebody else could
-    write to `root`.
+    Whether what is kept there can be used, `loads_what_it_saved` tells. Identities not used for
+    longest are removed until all take at most `max_bytes`. Raises ConfigurationError if somebody
+    else could write to `root`.
     """
     devices = tuple(mesh.devices.flat)
-    if not may_load(devices) or not _loads_what_it_saved(mesh):
+    if not may_load(devices):
         return None
     folder = root / digest(identity)
     try:
@@ -162,8 +162,11 @@ def check_trusted(folder: Path) -> None:
         )
 
 
-def _loads_what_it_saved(mesh: Mesh) -> bool:
-    """Take one small program there and back, and run it on every device of the mesh."""
+def loads_what_it_saved(mesh: Mesh) -> bool:
+    """Take one small program there and back, and run it on every device of the mesh.
+
+    To be called, like `ProgramCache.store`, while JAX's own cache is off.
+    """
     devices = tuple(mesh.devices.flat)
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     numbers = jax.device_put(np.arange(4 * mesh.size, dtype=np.float32), spread)

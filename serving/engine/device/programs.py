@@ -2,13 +2,13 @@
 
 A decode step is embed, one call per unit, head; a prefill call, which takes chunks of several
 prompts, is embed, one call per unit and, if any of them samples, head; a mixed call does both in
-one pass. Each kind is compiled once per bucket; all units share one program, because a unit's place
-is an argument. Calls with prompt tokens run their last unit by another, `last`: behind the last
-layer's keys and values it computes only the tokens that something is sampled behind, which are few.
+one pass. Where not all rows are greedy, logits and draw stand in place of head. Each kind is
+compiled once per bucket; all units share one program, because a unit's place is an argument. Calls
+with prompt tokens run their last unit by another, `last`: behind the last layer's keys and values
+it computes only the tokens that something is sampled behind, which are few.
 Everything runs inside one `shard_map` over the tensor axis.
 """
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -16,18 +16,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from lumen_kernels.paged_attention.options import Arena
 from lumen_kernels.reduce_norm import Mailboxes
 from lumen_kernels.target import Target
 
-from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS
 from serving.engine.device.compilation import Compiled
+from serving.engine.device.head_programs import (
+    DRAWN_KINDS,
+    HeadKind,
+    HeadPrograms,
+    draw_size_of,
+    draw_sizes,
+)
 from serving.engine.device.mixed_programs import Description, MixedPrograms
 from serving.engine.device.program_shapes import (
     ARENA,
-    SAMPLING_FIELDS,
     SEQUENCE_FIELDS,
     WHOLE,
     Place,
@@ -40,15 +44,6 @@ from serving.engine.device.step_attention import (
     StepAttention,
 )
 from serving.engine.executor import MixedSize
-
-
-class HeadKind(enum.Enum):
-    """What a head program computes. Each does all that those before it do."""
-
-    GREEDY = "greedy"
-    SAMPLED = "sampled"  # temperature; top-k, top-p and min-p are not looked at
-    TRUNCATED = "truncated"
-    COMPLETE = "complete"  # masks and log-probabilities too
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +65,11 @@ class Programs:
         -> hidden, arena
     mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place,
         last) -> hidden [b, hidden size], arena
-    head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
-        last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
+    head[b](head, hidden, last_tokens, rows, lengths) -> tokens [b], last_tokens, next lengths [b]
+    logits[b](head, hidden, rows, lengths, sampling [5, b])
+        -> logits [d, vocabulary], drawn [7, d], next lengths [b]
+    draw[d, kind](logits, drawn, last_tokens, *masks) -> tokens [d], last_tokens, and for COMPLETE
+        chosen [d], ids [d, n], top [d, n]
     zero_arena() -> arena
 
     step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
@@ -84,7 +82,8 @@ class Programs:
     size: a `MixedSize`, whose rows are a batch b that head takes. packed: of a mixed call, see
     `mixed_call.MixedArrays`; context: a `MixedContext`. last: `LastTokens` of the call, and rows:
     those that they are of.
-    more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
+    d: of `draw_sizes`, the smallest that holds b rows. drawn: rows, lengths and sampling, padded.
+    masks: uint32 [d, words] for COMPLETE.
     mailboxes: of the devices, if programs sum over them by a kernel; `place` then has addresses.
     arena is donated to the units, and hidden where it has the shape of the result; nothing else is.
     """
@@ -94,7 +93,9 @@ class Programs:
     prefill_embed: dict[int, Compiled]
     prefill_unit: dict[int, Compiled]
     prefill_last: dict[int, Compiled]
-    head: dict[tuple[int, HeadKind], Compiled]
+    head: dict[int, Compiled]
+    logits: dict[int, Compiled]
+    draw: dict[tuple[int, HeadKind], Compiled]
     zero_arena: Compiled
     mixed_embed: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_unit: dict[MixedSize, Compiled] = field(default_factory=dict)
@@ -133,6 +134,7 @@ class ProgramBuilder:
         self._platforms = platforms
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
         self._attention = StepAttention(shapes, self._target)
+        self._heads = HeadPrograms(shapes, self._target, self._axis)
         self._mixed = MixedPrograms(
             shapes, self._attention, self._target, self._axis, self._schedule_shape
         )
@@ -159,9 +161,14 @@ class ProgramBuilder:
         for size in mixed_sizes:
             found["mixed_unit", *size] = partial(self._described, self._mixed.unit, size)
             found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
+        draws = draw_sizes(decode_buckets)
+        for d in draws:
+            for kind in DRAWN_KINDS:
+                found["draw", d, kind] = partial(self._described, self._heads.draw, d, kind)
         for b in decode_buckets:
-            for kind in HeadKind:
-                found["head", b, kind] = partial(self._head, b, kind)
+            d = draw_size_of(draws, b)
+            found["logits", b] = partial(self._described, self._heads.logits, b, d)
+            found["head", b] = partial(self._described, self._heads.head, b)
             found["decode_embed", b] = partial(self._decode_embed, b)
         for c, s in chunk_buckets.items():
             found["prefill_embed", c] = partial(self._prefill_embed, c, s)
@@ -169,10 +176,8 @@ class ProgramBuilder:
             found["mixed_embed", *size] = partial(self._described, self._mixed.embed, size)
         return found
 
-    def _described(
-        self, describe: Callable[[MixedSize], Description], size: MixedSize
-    ) -> jax.stages.Lowered:
-        return self._lower(*describe(size))
+    def _described(self, describe: Callable[..., Description], *of: Any) -> jax.stages.Lowered:
+        return self._lower(*describe(*of))
 
     def _zero_arena(self) -> jax.stages.Lowered:
         arena = self._shapes.arena()
@@ -336,48 +341,6 @@ class ProgramBuilder:
             shapes.place(),
         )  # fmt: skip
 
-    def _head(self, rows: int, kind: HeadKind) -> jax.stages.Lowered:
-        shapes = self._shapes
-
-        def head(
-            weights: Sequence[jax.Array],
-            hidden: jax.Array,
-            last_tokens: jax.Array,
-            rows: jax.Array,
-            lengths: jax.Array,
-            *more: jax.Array,
-        ) -> tuple[jax.Array, ...]:
-            logits: jax.Array = shapes.defs.head.merge(weights)(hidden, self._target, self._axis)
-            logprobs: tuple[jax.Array, ...] = ()
-            if kind is HeadKind.GREEDY:
-                tokens = sample_greedy(logits)
-            else:
-                # The token being drawn stands right behind the `lengths` tokens seen.
-                tokens = sample(
-                    logits, lengths, _sampling(more[0]), *more[1:],
-                    truncates=kind is not HeadKind.SAMPLED, target=self._target,
-                )  # fmt: skip
-            if kind is HeadKind.COMPLETE:
-                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs, self._target)
-            last_tokens = last_tokens.at[rows].set(tokens, mode="drop")
-            return tokens, last_tokens, jnp.where(lengths > 0, lengths + 1, 0), *logprobs
-
-        more: tuple[jax.ShapeDtypeStruct, ...] = ()
-        if kind is not HeadKind.GREEDY:
-            more += (shapes.int32(SAMPLING_FIELDS, rows),)
-        if kind is HeadKind.COMPLETE:
-            words = -(-shapes.config.vocab_size // 32)
-            more += (shapes.struct((rows, words), jnp.uint32, WHOLE),)
-        outputs = 6 if kind is HeadKind.COMPLETE else 3
-        return self._lower(
-            head,
-            (
-                shapes.weights(shapes.defs.head), shapes.hidden(rows),
-                shapes.int32(shapes.num_rows), shapes.int32(rows), shapes.int32(rows), *more,
-            ),
-            (WHOLE,) * outputs,
-        )  # fmt: skip
-
     def _schedule_shape(
         self, make: Callable[..., Schedule], *arguments: jax.ShapeDtypeStruct
     ) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -405,10 +368,3 @@ class ProgramBuilder:
         traced = jax.jit(sharded, donate_argnums=donate).trace(*arguments)
         lowered: jax.stages.Lowered = traced.lower(lowering_platforms=self._platforms)
         return lowered
-
-
-def _sampling(packed: jax.Array) -> SamplingArrays:
-    """Sampling parameters from int32 [5, rows]."""
-    floats = lax.bitcast_convert_type(packed, jnp.float32)
-    seed = lax.bitcast_convert_type(packed[4], jnp.uint32)
-    return SamplingArrays(floats[0], packed[1], floats[2], floats[3], seed)
