@@ -3,7 +3,8 @@
 Most batches are greedy: their head is one program per batch size. Whatever draws takes two, the
 logits and the draw. Programs that draw take long to compile and are the same for all models, so
 there are few of them: a draw is of as many rows as the next larger size it was compiled for, and
-logits come padded to that.
+logits come padded to that. On an H200, a draw with top-p takes 0.3, 0.7, 1.2, 1.9 and 3.5 ms for 8,
+64, 128, 256 and 512 rows, one without a seventh of that: padding costs up to 5 % of a step.
 """
 
 import enum
@@ -22,8 +23,9 @@ from serving.engine.device.program_shapes import SAMPLING_FIELDS, WHOLE, Program
 _DRAWN_FIELDS = 2 + SAMPLING_FIELDS
 """Rows of what a draw knows of its rows: number, length, packed sampling parameters."""
 
-_SMALL_DRAWS = (8, 32)
-"""Up to so many rows a draw is launches more than work, so there is no need for sizes between."""
+_SMALLEST_DRAW = 8
+_SMALL_DRAW = 32
+"""Up to so many rows a draw is launches more than work, and sizes are farther apart."""
 
 
 class HeadKind(enum.Enum):
@@ -40,15 +42,15 @@ DRAWN_KINDS = (HeadKind.SAMPLED, HeadKind.TRUNCATED, HeadKind.COMPLETE)
 
 
 def draw_sizes(batch_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Batch sizes that draws are compiled for, ascending: of those given, powers of two and the
-    last. batch_sizes: ascending."""
-    return tuple(
-        size
-        for size in batch_sizes
-        if size in _SMALL_DRAWS
-        or (size > _SMALL_DRAWS[-1] and size.bit_count() == 1)
-        or size == batch_sizes[-1]
-    )
+    """Batch sizes that draws are compiled for, ascending: of those given, also ascending, few that
+    are at least twice as large each as the one before."""
+    chosen = [batch_sizes[-1]]
+    for size in reversed(batch_sizes):
+        if chosen[-1] <= _SMALLEST_DRAW:
+            break
+        if size * (4 if chosen[-1] <= _SMALL_DRAW else 2) <= chosen[-1]:
+            chosen.append(size)
+    return tuple(reversed(chosen))
 
 
 def draw_size_of(sizes: Sequence[int], rows: int) -> int:

@@ -121,6 +121,16 @@ def test_batch_sizes_grow_in_smaller_steps_the_larger_they_are():
     assert dataclasses.replace(config, num_rows=1).decode_buckets == (1,)
 
 
+def test_draws_have_few_sizes():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=512)
+    sizes = draw_sizes(config.decode_buckets)
+    assert sizes == (8, 32, 64, 128, 256, 512)
+    assert [draw_size_of(sizes, rows) for rows in (1, 8, 9, 96, 512)] == [8, 8, 32, 128, 512]
+    assert draw_sizes((1, 3, 48, 96, 100, 300)) == (3, 48, 100, 300)
+    assert draw_sizes((1, 2, 4)) == (4,)
+    assert draw_sizes((1,)) == (1,)
+
+
 def test_batch_sizes_may_be_named():
     config = DeviceExecutorConfig(max_model_len=8, num_rows=128, batch_sizes=(1, 32, 128))
     assert config.decode_buckets == (1, 32, 128)
@@ -128,15 +138,6 @@ def test_batch_sizes_may_be_named():
     for sizes in ((), (0, 128), (32, 1, 128), (1, 32)):
         with pytest.raises(ConfigurationError, match=r"batch_sizes is .* end with num_rows"):
             dataclasses.replace(config, batch_sizes=sizes)
-
-
-def test_draws_have_few_sizes():
-    config = DeviceExecutorConfig(max_model_len=8, num_rows=500)
-    sizes = draw_sizes(config.decode_buckets)
-    assert sizes == (8, 32, 64, 128, 256, 500)
-    assert [draw_size_of(sizes, rows) for rows in (1, 8, 9, 96, 500)] == [8, 8, 32, 128, 500]
-    assert draw_sizes((1, 2, 4)) == (4,)
-    assert draw_sizes((1,)) == (1,)
 
 
 def test_progress_counts_weights_and_programs(executor, build_steps):
