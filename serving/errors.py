@@ -1,5 +1,7 @@
 """Errors of requests and of serving, each with a sentence for the person who caused it."""
 
+from pathlib import Path
+
 from lumen.errors import LumenError
 
 
@@ -65,3 +67,33 @@ class ConfigurationError(LumenError):
 
 class ExecutorError(LumenError):
     """An executor failed to run a step; the replica cannot go on."""
+
+
+class WorkloadFileError(LumenError):
+    """A file of requests is malformed; the message names the place, what is there and what belongs.
+
+    line: from 1; None if it is about the whole file. column: from 1; of a CSV file the cell, else
+    the character. field: the name of what is wrong, if it has one.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        found: str,
+        expected: str,
+        line: int | None = None,
+        column: int | None = None,
+        field: str = "",
+    ) -> None:
+        place = str(path)
+        if line is not None:
+            place += f", line {line}"
+        if column is not None:
+            place += f", column {column}"
+        if field:
+            place += f" ({field})"
+        super().__init__(f"{place}: found {found}; expected {expected}.")
+        self.path = path
+        self.line = line
+        self.column = column
+        self.field = field

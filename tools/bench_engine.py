@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lumen.errors import LumenError
+from serving.sim.workload.azure import read_azure
 from tools.bench import results
 from tools.bench.engine import bars, start_up
 from tools.bench.engine.engine import EngineSettings, build
 from tools.bench.engine.report import markdown
 from tools.bench.engine.runner import WORK_NAMES, Options, Outcome, run
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
-from tools.bench.engine.trace import read_trace
 from tools.bench.engine.trace_latency import TraceOptions
 
 _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
@@ -126,7 +126,7 @@ def _trace() -> TraceOptions | None:
             raise ValueError("--saturation is of a trace; give --trace, too.")
         return None
     return TraceOptions(
-        requests=read_trace(Path(_TRACE.value)),
+        trace=read_azure(Path(_TRACE.value)),
         start_s=_TRACE_START.value,
         seconds=_TRACE_SECONDS.value,
         load=_LOAD.value,

@@ -27,6 +27,7 @@ from serving.errors import (
     UnknownModelError,
     UnknownRequestError,
     UnsupportedParameterError,
+    WorkloadFileError,
 )
 
 
@@ -73,6 +74,7 @@ STATUSES: dict[type[LumenError], ErrorStatus] = {
     CheckpointError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "checkpoint_error"),
     ConfigurationError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "configuration_error"),
     ExecutorError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "executor_error"),
+    WorkloadFileError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "workload_file_error"),
     InternalError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "internal_error"),
     LumenError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "internal_error"),
 }

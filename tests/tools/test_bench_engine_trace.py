@@ -1,12 +1,12 @@
 """Work itl of bench_engine: the trace, the search for saturation, and the sums."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from serving.engine.request import FinishReason, RequestOutput
+from serving.sim.workload.requests import Workload, WorkloadRequest
 from tools.bench.engine import measurements
 from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
 from tools.bench.engine.latency import gaps_ms, histogram, quantiles, step_kinds
@@ -14,11 +14,9 @@ from tools.bench.engine.measurements import Bench
 from tools.bench.engine.receipts import EngineError, Receipt, Receipts
 from tools.bench.engine.saturation import Queue, RateSearch, Served, queue_of, service_rate
 from tools.bench.engine.step_clock import StepTime
-from tools.bench.engine.trace import TraceRequest, Window, read_trace, window
+from tools.bench.engine.trace import endless, mean_lengths, timed_jobs, window
 from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import SMOKE, Job
-
-HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 SETTINGS = EngineSettings(
     model="random:tiny-llama", dtype="float32", max_model_len=64, num_rows=2, block_size=16,
@@ -35,66 +33,33 @@ def engine():
 
 
 def trace(count, every_s=0.01, prompt=20, output=6):
-    return [TraceRequest(every_s * number, prompt, output) for number in range(count)]
-
-
-def test_a_trace_in_azures_form_is_read(tmp_path):
-    file = tmp_path / "trace.csv"
-    file.write_text(
-        HEAD + "2023-11-16 23:59:59.6805900,374,44\n2023-11-17 00:00:01.1805901,7,1\r\n"
-    )
-    first, second = read_trace(file)
-    assert first == TraceRequest(0.0, 374, 44)
-    assert (second.prompt, second.output) == (7, 1)
-    assert second.at_s == pytest.approx(1.5000001, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("", "with columns"),
-        (HEAD, "not empty"),
-        ("a,b\n1,2\n", "TIMESTAMP"),
-        (HEAD + "2023-11-16 18:15:46,3,four\n", "line 2 is not a request"),
-        (HEAD + "noon,3,4\n", "line 2 is not a request"),
-        (HEAD + "2023-11-16 18:15:46,3,4\n2023-11-16 18:15:45,3,4\n", "line 3: times must ascend"),
-        (HEAD + "2023-11-16 18:15:46,3,0\n", "lengths be at least 1"),
-    ],
-)
-def test_what_is_no_trace_is_refused(tmp_path, text, named):
-    file = tmp_path / "trace.csv"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=named):
-        read_trace(file)
-
-
-def test_a_missing_trace_is_said():
-    with pytest.raises(ValueError, match=r"cannot be read: .*No such file"):
-        read_trace(Path("/nowhere.csv"))
+    rows = tuple(WorkloadRequest(every_s * number, prompt, output) for number in range(count))
+    return Workload("trace", every_s * count, rows)
 
 
 def test_a_window_starts_at_zero_and_leaves_out_what_does_not_fit():
-    requests = [*trace(10, every_s=1.0), TraceRequest(9.5, 100, 1), TraceRequest(10.0, 1, 1)]
-    found = window(requests, start_s=4.0, seconds=6.0, max_tokens=26)
+    late = WorkloadRequest(9.5, 100, 1), WorkloadRequest(10.0, 1, 1)
+    recorded = Workload("trace", 11.0, (*trace(10, every_s=1.0).requests, *late))
+    found = window(recorded, start_s=4.0, seconds=6.0, max_tokens=26)
     assert [one.at_s for one in found.requests] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert found.left_out == 1
-    assert (found.rate, found.mean_prompt, found.mean_output) == (1.0, 20, 6)
+    assert (found.rate, *mean_lengths(found)) == (1.0, 20, 6)
     with pytest.raises(ValueError, match="no request of at most 25 tokens between 4 and 10 s"):
-        window(requests, 4.0, 6.0, 25)
+        window(recorded, 4.0, 6.0, 25)
 
 
 def test_a_window_is_scaled_in_time_to_a_rate():
-    found = Window(180.0, tuple(trace(90, every_s=2.0)))
-    jobs = found.jobs(rate=5.0, vocab_size=50)
+    found = trace(90, every_s=2.0)
+    jobs = timed_jobs(found, rate=5.0, vocab_size=50)
     assert [job.at_s for job in jobs] == pytest.approx([0.2 * number for number in range(90)])
     assert {(len(job.job.prompt), job.job.output_tokens) for job in jobs} == {(20, 6)}
     assert len({job.job.prompt for job in jobs}) == 90
-    assert found.jobs(1.0, 50)[7].job == jobs[7].job
+    assert timed_jobs(found, 1.0, 50)[7].job == jobs[7].job
 
 
 def test_requests_of_a_window_come_over_and_over_with_other_prompts():
-    requests = tuple(TraceRequest(0.0, prompt, prompt + 1) for prompt in range(1, 8))
-    jobs = list(itertools.islice(Window(10.0, requests).endless(50), 14))
+    rows = tuple(WorkloadRequest(0.0, prompt, prompt + 1) for prompt in range(1, 8))
+    jobs = list(itertools.islice(endless(Workload("trace", 10.0, rows), 50), 14))
     assert sorted(len(job.prompt) for job in jobs[:7]) == list(range(1, 8))
     assert [len(job.prompt) for job in jobs[:7]] == [len(job.prompt) for job in jobs[7:]]
     assert [len(job.prompt) for job in jobs[:7]] != list(range(1, 8))
@@ -233,7 +198,7 @@ def test_itl_finds_saturation_and_measures_at_a_share_of_it(engine, monkeypatch)
     # How fast this machine is decides nothing here.
     queues = iter([Queue(1e9, 0), Queue(0.0, 9)])
     monkeypatch.setattr("tools.bench.engine.trace_latency.queue_of", lambda *_: next(queues))
-    options = TraceOptions(requests=trace(40), seconds=0.3, trial_s=0.3, trials=2)
+    options = TraceOptions(trace=trace(40), seconds=0.3, trial_s=0.3, trials=2)
     saturation, *rows = measurements.itl(bench(engine, options, reps=2))
     first, second = saturation["tried"]
     assert (first["bounded"], second["bounded"]) == (True, False)
@@ -255,13 +220,13 @@ def test_itl_finds_saturation_and_measures_at_a_share_of_it(engine, monkeypatch)
 def test_no_bounded_rate_is_a_row_that_says_so(engine, monkeypatch):
     queue = Queue(0.0, 9)
     monkeypatch.setattr("tools.bench.engine.trace_latency.queue_of", lambda *_: queue)
-    options = TraceOptions(requests=trace(20), seconds=0.2, trial_s=0.1, trials=1)
+    options = TraceOptions(trace=trace(20), seconds=0.2, trial_s=0.1, trials=1)
     (one,) = measurements.itl(bench(engine, options))
     assert one["status"] == "not measured: no rate tried had a bounded queue"
 
 
 def test_a_saturation_that_is_known_is_not_searched_for(engine):
-    options = TraceOptions(requests=trace(9), start_s=0.02, seconds=0.05, saturation=100.0)
+    options = TraceOptions(trace=trace(9), start_s=0.02, seconds=0.05, saturation=100.0)
     saturation, *rows = measurements.itl(bench(engine, options))
     assert saturation["samples"] == [100.0]
     assert "tried" not in saturation
@@ -269,11 +234,11 @@ def test_a_saturation_that_is_known_is_not_searched_for(engine):
 
 
 def test_a_trace_without_a_request_that_fits_is_a_row_that_says_so(engine):
-    (one,) = measurements.itl(bench(engine, TraceOptions(requests=trace(3, prompt=99))))
+    (one,) = measurements.itl(bench(engine, TraceOptions(trace=trace(3, prompt=99))))
     assert one["status"].startswith("not measured: The trace has no request of at most 64 tokens")
 
 
-@pytest.mark.parametrize("wrong", ["seconds", "load", "trial_s", "trials", "saturation"])
+@pytest.mark.parametrize("wrong", ["seconds", "load", "trial_s", "trials", "saturation", "start_s"])
 def test_bad_options_are_named(wrong):
     with pytest.raises(ValueError, match=wrong):
-        TraceOptions(requests=trace(1), **{wrong: 0})
+        TraceOptions(trace=trace(1), **{wrong: -1 if wrong == "start_s" else 0})

@@ -1,5 +1,7 @@
 """One form for what is asked of a fleet, whatever it was read from or drawn by."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from serving.engine.request import Priority
@@ -45,18 +47,22 @@ class WorkloadRequest:
 class Workload:
     """Requests in order of arrival.
 
-    name: for reports. seconds: how long requests arrive; the last may come before. prefix_tokens:
-    of one piece of a prefix; 0 where no request has one. left_out: requests of the source that are
-    not here, since nobody could hold them.
+    name: for reports. seconds: how long requests arrive; the last may come before. requests: any
+    sequence; readers, generators and transforms make a `RequestTable`, which holds hundreds of
+    thousands in little memory. prefix_tokens: of one piece of a prefix; 0 where no request has one.
+    left_out: requests of the source that are not here, since they failed there or nobody could hold
+    them.
     """
 
     name: str
     seconds: float
-    requests: tuple[WorkloadRequest, ...]
+    requests: Sequence[WorkloadRequest]
     prefix_tokens: int = 0
     left_out: int = 0
 
     @property
     def rate(self) -> float:
-        """Requests per second."""
+        """Requests per second; infinite where all come at once."""
+        if not self.seconds:
+            return math.inf if self.requests else 0.0
         return len(self.requests) / self.seconds

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.sim.workload.requests import Workload
 from tools.bench.engine.bars import NONE, Bar
 from tools.bench.engine.engine import InProcessEngine
 from tools.bench.engine.latency import (
@@ -28,7 +29,7 @@ from tools.bench.engine.latency import (
 from tools.bench.engine.receipts import EngineError, Receipt
 from tools.bench.engine.report import measured, not_measured
 from tools.bench.engine.saturation import RateSearch, Served, queue_of, service_rate
-from tools.bench.engine.trace import TraceRequest, Window, window
+from tools.bench.engine.trace import endless, mean_lengths, timed_jobs, window
 from tools.bench.engine.works import Job, TimedJob
 from tools.bench.summary import Row
 
@@ -38,11 +39,11 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceOptions:
-    """requests: the trace. start_s, seconds: the window of it. load: share of saturation.
+    """trace: the whole of it. start_s, seconds: the window of it. load: share of saturation.
     saturation: requests per second, if known; None: searched for, in trial_s seconds with a backlog
     and in `trials` trials of as many."""
 
-    requests: Sequence[TraceRequest]
+    trace: Workload
     start_s: float = 0.0
     seconds: float = 180.0
     load: float = 0.7
@@ -51,7 +52,7 @@ class TraceOptions:
     trials: int = 3
 
     def settings(self) -> dict[str, float | None]:
-        """All but the requests, for the results file."""
+        """All but the trace, for the results file."""
         names = ("start_s", "seconds", "load", "saturation", "trial_s", "trials")
         return {name: getattr(self, name) for name in names}
 
@@ -59,6 +60,8 @@ class TraceOptions:
         for name in ("seconds", "load", "trial_s", "trials"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} of the trace must be more than 0.")
+        if self.start_s < 0:
+            raise ValueError("start_s of the trace must be at least 0.")
         if self.saturation is not None and self.saturation <= 0:
             raise ValueError("--saturation must be more than 0 requests/s.")
 
@@ -79,7 +82,7 @@ def measure(
 ) -> Iterator[Row]:
     """Saturation; then ITL, time to first token and steps at the load, a sample per repetition."""
     try:
-        stretch = window(options.requests, options.start_s, options.seconds, engine.max_tokens)
+        stretch = window(options.trace, options.start_s, options.seconds, engine.max_tokens)
     except ValueError as error:
         yield not_measured("ITL under a trace", "ms", f"not measured: {error}")
         return
@@ -91,14 +94,15 @@ def measure(
     if saturation is None:
         yield not_measured(name, "requests/s", "not measured: no rate tried had a bounded queue")
         return
-    tokens = saturation * (stretch.mean_prompt + stretch.mean_output)
+    prompt, output = mean_lengths(stretch)
+    tokens = saturation * (prompt + output)
     note = "" if facts else "as given; "
     if facts and facts["unbounded"] is None:
         note = "no rate tried was beyond it: it may be higher; "
-    note += f"{tokens:.0f} tokens/s in and out, {saturation * stretch.mean_output:.0f} out"
+    note += f"{tokens:.0f} tokens/s in and out, {saturation * output:.0f} out"
     yield measured(name, "requests/s", [saturation], note=note, **facts)
     rate = options.load * saturation
-    jobs = stretch.jobs(rate, engine.vocab_size)
+    jobs = timed_jobs(stretch, rate, engine.vocab_size)
     runs = []
     for _ in range(reps):
         engine.clock.steps = []
@@ -111,7 +115,7 @@ def measure(
     yield from _step_rows([kind for _, steps in runs[:1] for kind in step_kinds(steps)], at)
 
 
-def _described(stretch: Window, options: TraceOptions) -> str:
+def _described(stretch: Workload, options: TraceOptions) -> str:
     left_out = f", {stretch.left_out} longer ones left out" if stretch.left_out else ""
     return (
         f"{len(stretch.requests)} requests of {options.seconds:g} s of the trace from "
@@ -120,10 +124,10 @@ def _described(stretch: Window, options: TraceOptions) -> str:
 
 
 def _search(
-    engine: InProcessEngine, stretch: Window, options: TraceOptions
+    engine: InProcessEngine, stretch: Workload, options: TraceOptions
 ) -> tuple[float | None, dict[str, Any]]:
     """(the highest rate found bounded, what was tried); leaves the engine empty."""
-    source = stretch.endless(engine.vocab_size)
+    source = endless(stretch, engine.vocab_size)
     running, estimate = _backlogged(engine, stretch, source, options.trial_s)
     print(f"  served with a backlog: {estimate:.4g} requests/s", flush=True)
     search = RateSearch(estimate, options.trials)
@@ -154,7 +158,7 @@ def _search(
 
 
 def _backlogged(
-    engine: InProcessEngine, stretch: Window, source: Iterator[Job], seconds: float
+    engine: InProcessEngine, stretch: Workload, source: Iterator[Job], seconds: float
 ) -> tuple[list[Receipt], float]:
     """What was handed over, and requests per second served, while half a batch always waits."""
     receipts: list[Receipt] = []
@@ -174,7 +178,7 @@ def _backlogged(
         [len(one.job.prompt) for one in begun],
         [at - started for one in begun for at in one.times],
     )
-    rate = service_rate(served, stretch.mean_prompt, stretch.mean_output, seconds)
+    rate = service_rate(served, *mean_lengths(stretch), seconds)
     if not rate:
         raise EngineError(f"Nothing was served in the second half of {seconds:g} s; raise trial_s.")
     return receipts, rate
