@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _READY = re.compile(
     r"Lumen is ready: (?P<model>\S+) at (?P<http>\S+)/v1 \(OpenAI\) and (?P<grpc>\S+) \(gRPC\)"
@@ -44,6 +45,18 @@ def running_server(
                 process.wait(timeout=_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def child_running(pid: int, module: str) -> int:
+    """The child of a process that runs this module. Raises RuntimeError if there is none."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            # The name before the closing bracket may hold anything; then state and parent follow.
+            parent = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if int(parent) == pid and module.encode() in words:
+                return int(folder.name)
+    raise RuntimeError(f"Process {pid} has no child that runs {module}.")
 
 
 def _await_ready(process: subprocess.Popen[str]) -> Server:

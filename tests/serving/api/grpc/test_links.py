@@ -132,11 +132,7 @@ class FakeGateway:
     [
         pytest.param(pb.ToGateway(), 0, id="nothing known here"),
         pytest.param(
-            pb.ToGateway(
-                outputs=pb.StepOutputs(
-                    outputs=[pb.RequestOutput(logprobs=[pb.TokenLogprobs(top_ids=[1])])]
-                )
-            ),
+            pb.ToGateway(outputs=pb.StepOutputs(request_ids=["r"], attempts=[1, 2])),
             0,
             id="contradictions",
         ),
