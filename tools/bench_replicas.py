@@ -36,6 +36,7 @@ _CONTEXT = flags.DEFINE_integer("context", 1024, "Tokens of each prompt.")
 _OUTPUT = flags.DEFINE_integer(
     "output", 640, "Tokens of each answer: enough for some seconds after the last prompt."
 )
+_WAVES = flags.DEFINE_integer("waves", 1, "Requests of each row, one after the other.")
 _REPS = flags.DEFINE_integer("reps", 1, "Runs of each setup: one sample each.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and tiny work, to see that all works.")
 _JSON = flags.DEFINE_string("json", "", "Results file to write, raw samples in it.")
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> None:
         "alone": options.alone,
         "context": options.context,
         "output": options.output,
+        "waves": options.waves,
         "reps": options.reps,
         "smoke": _SMOKE.value,
         "engine": asdict(options.settings),
@@ -77,8 +79,9 @@ def _options() -> Options:
         settings=settings,
         replicas=replicas,
         alone=tuple(alone),
-        context=24 if smoke else _CONTEXT.value,
-        output=settings.max_model_len - 24 if smoke else _OUTPUT.value,
+        context=16 if smoke else _CONTEXT.value,
+        output=settings.max_model_len - 16 if smoke else _OUTPUT.value,
+        waves=4 if smoke else _WAVES.value,
         reps=_REPS.value,
         cache_dir=cache_dir(),
         barred=not smoke and settings.model == bars.MODEL and settings.dtype == "bfloat16",
@@ -90,12 +93,12 @@ def _smoke_settings() -> EngineSettings:
         model="random:tiny-llama",
         dtype="float32",
         max_model_len=512,
-        num_rows=64,
+        num_rows=2,
         block_size=16,
-        prefill_buckets=(32,),
+        prefill_buckets=(16,),
         max_prefills=2,
         memory_fraction=0.9,
-        num_blocks=2112,
+        num_blocks=80,
         step_tokens=None,
         decode_steps=1,
         pipeline_depth=2,

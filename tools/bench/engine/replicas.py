@@ -24,7 +24,7 @@ from tools.bench.summary import Row
 MOST_SLOWER = 1.03
 """Of the step of a replica that has the worker for itself."""
 
-_FEWEST_REPORTS = 3
+_FEWEST_REPORTS = 2
 _SPARE = 32  # one request more per so many of the batch: dispatch does not count to the last one
 _WORKER = "serving.launch.worker"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -34,21 +34,22 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 class Options:
     """replicas: of the worker, one device each, JAX's first ones. alone: devices that are also
     measured with a worker to themselves. context, output: tokens of each request; a replica runs
-    as many as it has rows. reps: runs of each setup. cache_dir: of compiled programs; None: one
-    that is thrown away. barred: the bar applies."""
+    as many as it has rows, `waves` times. reps: runs of each setup. cache_dir: of compiled
+    programs; None: one that is thrown away. barred: the bar applies."""
 
     settings: EngineSettings
     replicas: int
     alone: tuple[int, ...]
     context: int
     output: int
+    waves: int
     reps: int
     cache_dir: Path | None
     barred: bool
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or self.reps < 1:
-            raise ValueError("--replicas and --reps must be at least 1.")
+        if min(self.replicas, self.waves, self.reps) < 1:
+            raise ValueError("--replicas, --waves and --reps must be at least 1.")
         for device in self.alone:
             if not 0 <= device < self.replicas:
                 raise ValueError(
@@ -138,7 +139,7 @@ def _measure(
     vocab_size = resolve_model(settings.model).source.config.vocab_size
     programs = options.cache_dir or scratch / "programs"
     environ = {} if device is None else {_VISIBLE: _device_name(device)}
-    count = replicas * (batch + -(-batch // _SPARE))
+    count = replicas * (options.waves * batch + -(-batch // _SPARE))
     jobs = alike(count, options.context, options.output).jobs(vocab_size)
     found = []
     with gateway_engine(settings, vocab_size, programs, scratch, replicas, environ) as engine:
