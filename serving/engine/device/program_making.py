@@ -15,7 +15,7 @@ from serving.engine.device.compile_recipe import recipe
 from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.engine.device.program_arguments import ArgumentLister
-from serving.engine.device.program_cache import ProgramCache, open_program_cache
+from serving.engine.device.program_cache import ProgramCache, may_move, open_program_cache
 from serving.engine.device.program_identity import replica_identity
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_source import Key, Source
@@ -67,7 +67,7 @@ class ProgramMaking:
             cache = self._cache = open_program_cache(
                 self._config.cache_dir / _EXECUTABLES,
                 self.shapes.mesh,
-                replica_identity(self.shapes, self._target),
+                replica_identity(self.shapes, self._target, may_move(self.shapes.mesh)),
             )
         if cache is None:
             return
