@@ -20,8 +20,10 @@ from tools.bench.engine.works import Job
 from tools.bench.spawn import running_server
 from tools.bench.summary import TIMES, Row
 
-CLIENTS = 4
+MOST_CLIENTS = 4
 """Processes that ask: one would be busy most of the time with some 10,000 messages per second."""
+
+_PER_CLIENT = 64  # requests, of those that run side by side
 
 FLOOR, AIM = 0.95, 0.98
 """Of the speed in process."""
@@ -119,7 +121,7 @@ class GatewayEngine:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "tools.bench.engine.gateway_client", self.address]
-        for _ in range(CLIENTS):
+        for _ in range(min(-(-self.max_requests // _PER_CLIENT), MOST_CLIENTS)):
             self._clients.append(
                 subprocess.Popen(
                     command,
