@@ -6,8 +6,9 @@ JAX_PLATFORMS=cpu python tools/bench_replicas.py --smoke
 
 lumen-serve's own supervisor, gateway and worker, one GPU for each replica of the worker; clients
 in processes of their own ask over gRPC, until every replica runs --num_rows requests of --context
-tokens. While all of them decode, the worker's reports to its gateway say how many steps each
-replica takes. Before, the same is done with a worker of one replica, on each device of --alone.
+tokens. While all of them decode, the worker's reports, listened to beside the gateway, say how many
+steps each replica takes. Before, the same is done with a worker of one replica, on each device of
+--alone.
 
 The interpreter lock of the worker is watched from outside: how much of a step its own thread holds
 it, and the thread that all replicas share, which carries tokens to the gateway.

@@ -188,7 +188,10 @@ def test_a_child_is_found_by_what_it_runs():
     command = [sys.executable, "-m", "http.server", "--bind=127.0.0.1", "0"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert child_running(os.getpid(), "http.server") == process.pid
+        found = child_running(os.getpid(), "http.server")
+        assert (found.pid, found.flag("bind")) == (process.pid, "127.0.0.1")
+        with pytest.raises(RuntimeError, match="not given --listen"):
+            found.flag("listen")
         with pytest.raises(RuntimeError, match=r"no child that runs serving\.launch\.worker"):
             child_running(os.getpid(), "serving.launch.worker")
         process.kill()

@@ -47,15 +47,30 @@ def running_server(
                 process.kill()
 
 
-def child_running(pid: int, module: str) -> int:
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process: its number, and its command line."""
+
+    pid: int
+    words: tuple[str, ...]
+
+    def flag(self, name: str) -> str:
+        """The value of --name=value. Raises RuntimeError if it was not given."""
+        for word in self.words:
+            if word.startswith(f"--{name}="):
+                return word.partition("=")[2]
+        raise RuntimeError(f"Process {self.pid} was not given --{name}.")
+
+
+def child_running(pid: int, module: str) -> Child:
     """The child of a process that runs this module. Raises RuntimeError if there is none."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it may end meanwhile
             # The name before the closing bracket may hold anything; then state and parent follow.
             parent = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            if int(parent) == pid and module.encode() in words:
-                return int(folder.name)
+            words = (folder / "cmdline").read_text(encoding="utf-8").split("\0")
+            if int(parent) == pid and module in words:
+                return Child(int(folder.name), tuple(words))
     raise RuntimeError(f"Process {pid} has no child that runs {module}.")
 
 

@@ -29,6 +29,18 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_FAILED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
 
+class WorkerBatch(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ToWorker]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ToWorker, _Mapping]]] = ...) -> None: ...
+
+class GatewayBatch(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ToGateway]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ToGateway, _Mapping]]] = ...) -> None: ...
+
 class ToWorker(_message.Message):
     __slots__ = ("submit", "abort", "fetch", "heartbeat")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]

@@ -85,7 +85,7 @@ class GatewayEngine:
         max_tokens: int,
         serve_pid: int | None = None,
     ) -> None:
-        self.address = address
+        self._address = address
         self.serve_pid = serve_pid
         self.arrivals: Counter[int] = Counter()
         self._clients: list[subprocess.Popen[str]] = []
@@ -120,7 +120,7 @@ class GatewayEngine:
         return Run(max(answer["ended"] for answer in answers) - started, tokens, ())
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "tools.bench.engine.gateway_client", self.address]
+        command = [sys.executable, "-m", "tools.bench.engine.gateway_client", self._address]
         for _ in range(min(-(-self.max_requests // _PER_CLIENT), MOST_CLIENTS)):
             self._clients.append(
                 subprocess.Popen(

@@ -1,21 +1,20 @@
-"""What a gateway says of its replicas while they work, report by report."""
+"""What a worker says of its replicas while they work, report by report."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import numpy as np
 
-from serving.api.proto import lumen_v1_pb2 as pb
-from serving.api.proto import lumen_v1_pb2_grpc as pb_grpc
+from serving.api.channel_options import LINK_OPTIONS
+from serving.api.proto import lumen_internal_v1_pb2 as pb
+from serving.api.proto import lumen_internal_v1_pb2_grpc as pb_grpc
 from tools.bench.engine.lock_watch import LockShares, LockWatch
-
-_EVERY_S = 0.1  # the worker reports twice a second
-_SAME_S = 0.05  # two answers about the same report disagree about its age by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """at_s: when it reached the gateway, on `time.perf_counter`. loads: by replica. lock: what was
-    seen of the worker's interpreter lock up to about then; None: it is not watched."""
+    """at_s: when it came, on `time.perf_counter`. loads: by replica. lock: what was seen of the
+    worker's interpreter lock up to then; None: it is not watched."""
 
     at_s: float
     loads: Mapping[int, Load]
@@ -38,20 +37,23 @@ class Report:
 
 
 class LoadWatch:
-    """Asks a gateway for its load reports, from a thread of its own. Use as a context manager.
+    """Listens to a worker's load reports on a thread of its own. Use as a context manager.
 
-    lock: of the worker, to be read with every report; it must run as long.
+    To the worker it is one more gateway, which asks for nothing: what the other one is sent may
+    wait there for long, and this must not. address: of the worker. lock: of the worker, to be read
+    with every report; it must run as long.
     """
 
     def __init__(self, address: str, lock: LockWatch | None) -> None:
         self.reports: list[Report] = []
-        self._address = address
         self._lock = lock
         self._ended = threading.Event()
-        self._asker = threading.Thread(target=self._ask, name="load-watch", daemon=True)
+        self._channel = grpc.insecure_channel(address, options=LINK_OPTIONS)
+        self._call: Any = pb_grpc.WorkerLinkStub(self._channel).Connect(self._nothing())  # type: ignore[no-untyped-call]  # generated
+        self._listener = threading.Thread(target=self._listen, name="load-watch", daemon=True)
 
     def __enter__(self) -> Self:
-        self._asker.start()
+        self._listener.start()
         return self
 
     def __exit__(
@@ -61,27 +63,26 @@ class LoadWatch:
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._asker.join()
+        self._call.cancel()
+        self._listener.join()
+        self._channel.close()
 
-    def _ask(self) -> None:
-        with grpc.insecure_channel(self._address) as channel:
-            stub = pb_grpc.InferenceStub(channel)  # type: ignore[no-untyped-call]  # generated
-            while not self._ended.wait(_EVERY_S):
-                try:
-                    self._take(stub.LoadReport(pb.LoadReportRequest(), timeout=5.0))
-                except grpc.RpcError:
-                    return  # the gateway is gone, and whoever sends it requests will say so
+    def _nothing(self) -> Iterator[pb.WorkerBatch]:
+        self._ended.wait()
+        yield from ()
 
-    def _take(self, answer: pb.LoadReportResponse) -> None:
-        if not answer.replicas:
-            return
-        at_s = time.perf_counter() - answer.replicas[0].report_age_s
-        if self.reports and at_s - self.reports[-1].at_s < _SAME_S:
-            return
-        loads = {one.replica: Load(one.steps, one.running, one.waiting) for one in answer.replicas}
-        self.reports.append(
-            Report(at_s, loads, None if self._lock is None else self._lock.shares())
-        )
+    def _listen(self) -> None:
+        # When the worker is gone, whoever sends it requests will say so.
+        with contextlib.suppress(grpc.RpcError):
+            for batch in self._call:
+                for message in batch.messages:
+                    if message.WhichOneof("message") == "load":
+                        self._take(message.load)
+
+    def _take(self, load: pb.LoadReport) -> None:
+        loads = {one.replica: Load(one.steps, one.running, one.waiting) for one in load.replicas}
+        lock = None if self._lock is None else self._lock.shares()
+        self.reports.append(Report(time.perf_counter(), loads, lock))
 
 
 def steady(reports: Sequence[Report], batch: int) -> list[Report]:

@@ -147,9 +147,9 @@ def _measure(
         for _ in range(options.reps):
             assert engine.serve_pid is not None
             worker = child_running(engine.serve_pid, _WORKER)
-            with _lock_watch(worker) as lock, LoadWatch(engine.address, lock) as loads:
+            with _lock_watch(worker.pid) as lock, LoadWatch(worker.flag("listen"), lock) as loads:
                 engine.generate(jobs)
-            found.append(found_in(loads.reports, batch, worker, engine.arrivals))
+            found.append(found_in(loads.reports, batch, worker.pid, engine.arrivals))
     return found
 
 
@@ -194,9 +194,12 @@ def _rows(
         )  # fmt: skip
         alone = next((one for one in before if one["name"].endswith(_name(1, number))), None)
         yield row if device is not None or alone is None else _beside(row, alone, options.barred)
+    made = [sum(1e3 * batch / ms for ms in one.step_ms) for one in whole]
+    shares = [one.tokens_per_s / count for one, count in zip(whole, made, strict=True)]
     yield measured(
         f"output tokens of all, {title}", "tokens/s", [one.tokens_per_s for one in whole],
-        note="as they came to clients while every replica ran its whole batch",
+        note=f"came to clients meanwhile, {100 * min(shares):.0f} % of those made",
+        made_per_s=[round(count, 1) for count in made],
     )  # fmt: skip
     locks = [
         (one.own_ms, one.common_ms) for one in whole
