@@ -1,7 +1,8 @@
 """A model placed on the devices of one replica, ready to be called by compiled programs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,13 +100,18 @@ class LoadedModel:
 
 
 def load_model(
-    source: TensorSource, mesh: Mesh, dtype: Any, progress: Progress | None = None
+    source: TensorSource,
+    mesh: Mesh,
+    dtype: Any,
+    progress: Progress | None = None,
+    places: Mapping[int, Weights] | None = None,
 ) -> LoadedModel:
     """Read, fuse, cut and place all weights, one unit at a time.
 
-    mesh: one axis named "tensor". dtype: float32, bfloat16 or float16. At most one unit is held
-    on the host. Raises CheckpointError if tensors are missing, extra, mis-shaped or truncated,
-    ModelConfigError if mesh or dtype do not fit.
+    mesh: one axis named "tensor". dtype: float32, bfloat16 or float16. places: by number, of units
+    that go where other arrays are now, like them in shapes, dtypes and sharding, and used up. At
+    most one unit is held on the host. Raises CheckpointError if tensors are missing, extra,
+    mis-shaped or truncated, ModelConfigError if mesh or dtype do not fit.
     """
     if mesh.axis_names != (TENSOR_AXIS,):
         raise ModelConfigError(
@@ -131,7 +137,9 @@ def load_model(
     done(1)
     units = []
     for unit in range(config.num_units):
-        units.append(placement.unit(defs.unit.paths, unit))
+        weights = placement.unit(defs.unit.paths, unit)
+        place = (places or {}).get(unit)
+        units.append(weights if place is None else _in_place_of(place, weights))
         done(2 + unit)
     tied_table = embedding[0] if config.tie_embeddings else None
     head = placement.head(defs.head.paths, tied_table)
@@ -140,3 +148,9 @@ def load_model(
         config, heads, mesh, dtype, defs, embedding, tuple(units), head,
         f"{source.revision}:{dtype}",
     )  # fmt: skip
+
+
+@partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _in_place_of(place: Weights, weights: Weights) -> Weights:
+    """The same weights in the memory of `place`, which is donated."""
+    return weights

@@ -8,12 +8,16 @@ fast: log-probabilities of the best 20 tokens and of one more, by the engine's o
 plain XLA with the same weights at the same positions (`tools.check.fast_path`); prefill and decode
 at each of --batches rows of mixed lengths. tokens: a tiny float32 model through the whole engine,
 every greedy token against a recomputation in numpy without a cache (`tools.check.token_by_token`).
+hole: on a device filled up, half of the weights are dropped and one array takes their place
+(`tools.check.hole`).
 
 Ends with status 1 if a tolerance is broken or a token differs. Errors are in nats.
 """
 
 import dataclasses
+import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
@@ -28,15 +32,15 @@ from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from lumen.presets import preset
 from tools.bench import results
-from tools.bench.engine.engine import EngineSettings
+from tools.bench.engine.engine import EngineSettings, devices_of
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.summary import Row
-from tools.check import fast_path, token_by_token
+from tools.check import fast_path, hole, token_by_token
 from tools.check.comparison import Tolerance
 from tools.check.kernels import kernels
-from tools.check.report import FINE, error_row, markdown, token_row
+from tools.check.report import FINE, error_row, hole_row, markdown, token_row
 
-PARTS = ("fast", "tokens")
+PARTS = ("fast", "tokens", "hole")
 
 _PARTS = flags.DEFINE_list("parts", list(PARTS), "What to check.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32", "64", "128", "256"], "Decode batches.")
@@ -74,8 +78,14 @@ def main(arguments: list[str]) -> None:
                 f"--batches has {max(plan.batches)}, but the engine has --num_rows="
                 f"{settings.num_rows}."
             )
+        made: dict[str, Callable[[], list[Row]]] = {
+            "fast": lambda: _fast_rows(settings, plan),
+            "tokens": lambda: _token_rows(settings),
+            "hole": lambda: [hole_row(settings.model, hole.check(settings, cache_dir()))],
+        }
         for part in _PARTS.value:
-            rows += _fast_rows(settings, plan) if part == "fast" else _token_rows()
+            gc.collect()  # an executor is part of cycles: the device is free only then
+            rows += made[part]()
     except (ValueError, LumenError) as error:
         sys.exit(f"check_engine: {error}")
     facts = {
@@ -102,15 +112,20 @@ def _fast_rows(settings: EngineSettings, plan: fast_path.Plan) -> list[Row]:
     ]
 
 
-def _token_rows() -> list[Row]:
+def _token_rows(settings: EngineSettings) -> list[Row]:
     config = dataclasses.replace(preset(_TINY.value), head_dim=_TINY_HEAD.value, unit_layers=1)
-    device = jax.devices()[0]
-    platform = "cuda" if device.platform == "gpu" else device.platform
+    devices = devices_of(settings)
+    platform = "cuda" if devices[0].platform == "gpu" else devices[0].platform
     called = kernels(
-        config, "float32", token_by_token.SETTINGS.block_size, Target.of([device]), platform
+        config, "float32", token_by_token.SETTINGS.block_size, Target.of(devices), platform,
+        len(devices),
+    )  # fmt: skip
+    found = token_by_token.check(
+        config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), cache_dir(), devices
     )
-    found = token_by_token.check(config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), cache_dir())
     name = f"{_TINY.value} with heads of {_TINY_HEAD.value}, float32"
+    if len(devices) > 1:
+        name += f", over {len(devices)} devices"
     return [
         token_row(f"{name}, {steps} decode steps per plan", one, called)
         for steps, one in found.items()
@@ -136,7 +151,7 @@ def _settings() -> EngineSettings:
     if _SMOKE.value:
         return dataclasses.replace(
             token_by_token.SETTINGS, model="random:tiny-smollm", num_rows=2, num_blocks=16,
-            mixed_calls=((32, 2),),
+            mixed_calls=((32, 2),), tensor_parallel=flags.FLAGS.tensor_parallel,
         )  # fmt: skip
     return engine_settings()
 

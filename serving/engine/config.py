@@ -24,6 +24,8 @@ class EngineConfig:
     min_prefill_tokens: but at least so many, if they are there and the budget takes them, or what
         a mixed call of so many tokens has room for beside its rows: smaller
         calls of a model that streams its weights cost more per token.
+    prefill_first: where only requests of class batch decode, they wait while prompts fill whole
+        prefill calls: a decode step streams the weights once for however many rows there are.
     watermark: share of the blocks that stays available when a request is admitted beside others,
         so that it is not preempted right away by their growth.
     prefix_caching: reuse the KV of equal prefixes.
@@ -36,6 +38,7 @@ class EngineConfig:
     max_step_tokens: int | None = None
     spread_steps: int = 32
     min_prefill_tokens: int = 256
+    prefill_first: bool = True
     watermark: float = 0.01
     prefix_caching: bool = True
 

@@ -51,7 +51,8 @@ class Planner:
     """Plans from the requests' state, class by class.
 
     Within a class: decodes first, then prefills under way, then admissions in order of arrival.
-    A lower class gets what the higher one leaves. When blocks run short, the latest arrival of
+    A lower class gets what the higher one leaves; decodes of class batch alone wait for prompts
+    that fill whole calls. When blocks run short, the latest arrival of
     the lowest class is preempted and computes its KV again later; that can be the request in
     need itself, so the oldest request of the highest class always gets on.
     """
@@ -71,6 +72,7 @@ class Planner:
         self._prefill_budget = max(calls, 1) * limits.max_prefill_tokens
         self._spread_steps = config.spread_steps
         self._least_prefill = config.min_prefill_tokens
+        self._prefill_first = config.prefill_first
         self._decode_steps = config.decode_steps
         self._watermark = math.ceil(limits.num_blocks * config.watermark)
         self._batch = batch
@@ -89,6 +91,8 @@ class Planner:
             for request in self._batch.prefilling[priority]:
                 self._take_chunk(draft, request)
             self._admit(draft, priority)
+        if self._decodes_wait(draft):
+            draft.left_out = {request.row: request for request in self._batch.members()[1]}
         return self._seal(draft, step_id, steps)
 
     def _prefill_tokens(self) -> int:
@@ -153,6 +157,15 @@ class Planner:
             draft.left_out.update((r.row, r) for r in mine[draft.budget :])
             count = draft.budget
         draft.budget -= count
+
+    def _decodes_wait(self, draft: _Draft) -> bool:
+        """Whether this step is for prompts alone, as nobody waits for the next token.
+
+        Not for long: each prompt that ends adds a row, and rows and memory admit so many.
+        """
+        if not self._prefill_first or self._batch.decoding_count(Priority.HIGH):
+            return False
+        return sum(tokens for _, tokens in draft.chunks) >= self._limits.max_prefill_tokens
 
     def _take_chunk(self, draft: _Draft, request: ActiveRequest) -> None:
         """The next chunk of a prefill, as far as the step still has room."""

@@ -57,11 +57,13 @@ def check_step(planned, wanted):
     """Compile a step's programs and hold them to all of the above."""
     programs = compile_programs(planned, wanted)
     kinds = {program.key[0] for program in programs}
-    assert {"decode_embed", "decode_unit", "prefill_embed", "prefill_unit", "head"} <= kinds
+    assert kinds >= {
+        "decode_embed", "decode_unit", "prefill_embed", "prefill_unit", "prefill_last", "head",
+    }  # fmt: skip
     for program in programs:
         assert program.problems == (), program.name
         assert program.temp_bytes < most_temporaries(planned, program.key), program.name
-        if program.key[0].endswith("_unit"):
+        if program.key[0].endswith(("_unit", "_last")):
             assert program.alias_bytes >= planned.arena_bytes, program.name
             # Attention of every layer is a kernel, not XLA's fallback.
             assert program.kernels >= planned.deployment.model.unit_layers, program.name

@@ -58,6 +58,15 @@ def test_smoke_run_compares_token_by_token():
     assert "decode: none, XLA alone" in done.stdout
 
 
+def test_smoke_run_drops_weights(tmp_path):
+    done = tool("--smoke", "--parts=hole", f"--json={tmp_path / 'check.json'}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert row["hole_bytes"] >= row["weight_bytes"] > 0
+    assert len(row["samples"]) == 4
+    assert row["verdict"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("flag", "told"),
     [

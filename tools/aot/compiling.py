@@ -29,7 +29,7 @@ ProgramKey = tuple[Any, ...]
 CompileProgress = Callable[[int, int, str], None]
 """Called with (programs done, all of them, name of the last)."""
 
-_UNITS = ("decode_unit", "prefill_unit", "mixed_unit")
+_UNITS = ("decode_unit", "prefill_unit", "prefill_last", "mixed_unit", "mixed_last")
 
 
 class DoesNotCompileError(LumenError):

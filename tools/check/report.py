@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from tools.bench.summary import Row, row
 from tools.check.comparison import Errors, Tolerance
+from tools.check.hole import HoleCheck
 from tools.check.token_by_token import TokenCheck
 
 OK = "ok"
@@ -38,8 +39,14 @@ def token_row(name: str, found: TokenCheck, kernels: Mapping[str, Mapping[str, i
     return row(name, "tokens", [found.wrong], **facts, verdict=verdict)
 
 
+def hole_row(model: str, found: HoleCheck) -> Row:
+    """Cycles of dropping weights: the samples are their times."""
+    name = f"{found.units} units of {model} dropped, one array in their place"
+    return row(name, "ms", list(found.segment_ms), **dataclasses.asdict(found), verdict=OK)
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """A table of errors, and a line for each model whose tokens were compared."""
+    """A table of errors, a line for each model whose tokens were compared, one for the hole."""
     text = ""
     if errors := [one for one in rows if one["unit"] == "nats"]:
         lines = [_HEADS, ["---"] * len(_HEADS)]
@@ -57,5 +64,12 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"\n{one['name']}: {one['tokens'] - one['wrong']} of {one['tokens']} tokens of "
                 f"{one['requests']} requests equal, the closest call by {one['closest']:.2g} in "
                 f"logits; {one['verdict']}. Kernels in a unit: {calls}.\n"
+            )
+        if one["unit"] == "ms":
+            text += (
+                f"\n{one['name']}: {one['weight_bytes'] / 1e9:.3f} GB of weights leave a piece of "
+                f"{one['hole_bytes'] / 1e9:.3f} GB, and nothing else free was larger than "
+                f"{one['free_bytes'] / 1e9:.3f} GB; deleted and taken again in "
+                f"{', '.join(f'{ms:.1f}' for ms in one['segment_ms'])} ms.\n"
             )
     return text

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from lumen_kernels.reduce_norm.mailbox import mailboxes_between
 from lumen_kernels.target import Target
 
 from lumen.config import ModelConfig
 from lumen.model import LoadedModel, ModelDefs, ModuleDef, load_model, model_defs
+from lumen.placement import Weights
 from lumen.sharding import TENSOR_AXIS, HeadLayout
 from lumen.tensor_source import TensorSource
-from serving.engine.device import compile_children
+from serving.engine.device import compile_children, weight_hole
 from serving.engine.device.arena import ArenaLayout, arena_layout
 from serving.engine.device.compilation import jax_cache
 from serving.engine.device.config import DeviceExecutorConfig
@@ -35,9 +37,6 @@ what: WEIGHTS, a program's name, or its name followed by LOADED if no compiler w
 
 WEIGHTS = "weights"
 LOADED = " (loaded)"
-
-_ALLOCATION_BYTES = 256
-"""JAX's allocator on a GPU gives out multiples of this."""
 
 
 def build_device_executor(
@@ -73,8 +72,10 @@ def build_device_executor(
         making = _early(source, mesh, config)
         if making is not None:
             ends.callback(making.close)
-        model = load_model(source, mesh, config.dtype, lambda count, of: advance(WEIGHTS))
+        places = _places(source.config, mesh, config)
+        model = load_model(source, mesh, config.dtype, lambda count, of: advance(WEIGHTS), places)
         jax.block_until_ready((model.embedding, model.units, model.head))
+        _check_hole(model, config)
         layout = arena_layout(
             model.config, model.heads, model.dtype, config, device_memory(devices),
             Target.of(devices),
@@ -90,6 +91,29 @@ def build_device_executor(
     executor = DeviceExecutor(model, programs, limits, programs.zero_arena())
     executor.rehearse()
     return executor
+
+
+def _places(model: ModelConfig, mesh: Mesh, config: DeviceExecutorConfig) -> dict[int, Weights]:
+    """Where units go that may be dropped; raises ConfigurationError if there are no such units."""
+    if not config.droppable_units:
+        return {}
+    numbers = sorted(set(config.droppable_units))
+    if len(numbers) < len(config.droppable_units) or not 0 <= numbers[0] <= numbers[-1] < (
+        model.num_units
+    ):
+        raise ConfigurationError(
+            f"droppable_units is {config.droppable_units}; it must be different numbers from 0 to "
+            f"{model.num_units - 1}, as the model has {model.num_units} units."
+        )
+    heads = HeadLayout(model.num_heads, model.num_kv_heads, mesh.size)
+    unit = model_defs(model, heads, jnp.dtype(config.dtype)).unit
+    return weight_hole.reserve(unit, mesh, numbers)
+
+
+def _check_hole(model: LoadedModel, config: DeviceExecutorConfig) -> None:
+    """See that droppable units lie as they should, where they do not move."""
+    if weight_hole.stays(model.mesh.devices.flat[0]):
+        weight_hole.hole_bytes({number: model.units[number] for number in config.droppable_units})
 
 
 def _early(source: TensorSource, mesh: Mesh, config: DeviceExecutorConfig) -> ProgramMaking | None:
@@ -123,7 +147,10 @@ def _weight_bytes(model: ModelConfig, defs: ModelDefs) -> int:
             math.prod(shape) * dtype.itemsize
             for shape, dtype in zip(module.global_shapes, module.dtypes, strict=True)
         )
-        return sum(-(-size // _ALLOCATION_BYTES) * _ALLOCATION_BYTES for size in sizes)
+        return sum(
+            -(-size // weight_hole.ALLOCATION_BYTES) * weight_hole.ALLOCATION_BYTES
+            for size in sizes
+        )
 
     tied = module(defs.embedding) if model.tie_embeddings else 0
     return module(defs.embedding) + model.num_units * module(defs.unit) + module(defs.head) - tied
@@ -139,6 +166,7 @@ def _shapes(
     return ProgramShapes(
         model, defs, mesh, jnp.dtype(config.dtype), layout, config.num_rows,
         -(-config.max_model_len // config.block_size), _max_logprobs(model, config),
+        mailboxes_between(list(mesh.devices.flat), model.hidden_size),
     )  # fmt: skip
 
 

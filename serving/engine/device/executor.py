@@ -58,6 +58,11 @@ class DeviceExecutor:
         """Constant after construction."""
         return self._limits
 
+    @property
+    def model(self) -> LoadedModel:
+        """The weights, to be looked at."""
+        return self._passes.model
+
     def compilations_since_start(self) -> int:
         """Programs compiled inside `submit` and `collect`: none, or serving has a gap."""
         return self._watch.count

@@ -10,10 +10,10 @@ from lumen_kernels.paged_attention.options import Arena
 from lumen_kernels.target import Target
 
 from serving.engine.device.mixed_call import MixedArrays, mixed_arrays, mixed_length
-from serving.engine.device.program_shapes import ARENA, WHOLE, ProgramShapes
+from serving.engine.device.program_shapes import ARENA, WHOLE, Place, ProgramShapes
 from serving.engine.device.step_attention import (
+    LastTokens,
     MixedContext,
-    Offsets,
     Schedule,
     Step,
     StepAttention,
@@ -59,7 +59,7 @@ class MixedPrograms:
 
         def mixed_embed(
             weights: Sequence[jax.Array], last_tokens: jax.Array, packed: jax.Array
-        ) -> tuple[jax.Array, MixedContext, Step, Schedule, Schedule, tuple[jax.Array, ...]]:
+        ) -> tuple[jax.Array, MixedContext, Step, Schedule, Schedule, LastTokens, jax.Array]:
             call: MixedArrays = mixed_arrays(packed, size, shapes.table_columns)
             decoded = last_tokens.at[call.rows].get(mode="fill", fill_value=0)
             tokens = jnp.concatenate([decoded, call.tokens])
@@ -74,14 +74,17 @@ class MixedPrograms:
                 attention.mixed_step(context, size.prompt_tokens),
                 attention.decode_schedule(call.lengths),
                 attention.prefill_schedule(call.starts, call.counts, size.prompt_tokens),
-                (call.places, call.drawn_rows, call.drawn_lengths),
+                attention.last_of_mixed(
+                    context, size.prompt_tokens, call.places, call.drawn_lengths
+                ),
+                call.drawn_rows,
             )
 
         packed = shapes.int32(mixed_length(size, shapes.table_columns))
         return Description(
             mixed_embed,
             (shapes.weights(embedding), shapes.int32(shapes.num_rows), packed),
-            (WHOLE,) * 6,
+            (WHOLE,) * 7,
         )
 
     def unit(self, size: MixedSize) -> Description:
@@ -97,43 +100,66 @@ class MixedPrograms:
             step: Step,
             decode_schedule: Schedule,
             prefill_schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
             attend = attention.mixed_attend(
-                step, decode_schedule, prefill_schedule, context, offsets
+                step, decode_schedule, prefill_schedule, context, place.offsets
             )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
+        return Description(mixed_unit, self._arguments(size), (WHOLE, ARENA), donate=(1, 2))
+
+    def last(self, size: MixedSize) -> Description:
+        """The layers of the last unit, which ends with what something is sampled behind."""
+        shapes, attention = self._shapes, self._attention
+        unit = shapes.defs.unit
+
+        def mixed_last(
+            weights: Sequence[jax.Array],
+            hidden: jax.Array,
+            arena: Arena,
+            context: MixedContext,
+            step: Step,
+            decode_schedule: Schedule,
+            prefill_schedule: Schedule,
+            place: Place,
+            last: LastTokens,
+        ) -> tuple[jax.Array, Arena]:
+            attend = attention.mixed_attend(
+                step, decode_schedule, prefill_schedule, context, place.offsets, last
+            )
+            result: tuple[jax.Array, Arena] = unit.merge(weights)(
+                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
+            )
+            return result
+
+        last = attention.last_shape(size.rows, self._decode_schedule(size))
+        arguments = (*self._arguments(size), last)
+        return Description(mixed_last, arguments, (WHOLE, ARENA), donate=(2,))
+
+    def _arguments(self, size: MixedSize) -> tuple[Any, ...]:
+        """Of mixed_unit."""
+        shapes, attention = self._shapes, self._attention
         rows, sequences, columns = size.rows, size.sequences, shapes.table_columns
         shaped: Any = MixedContext  # of shape structs
         context = shaped(
             shapes.int32(rows, columns), shapes.int32(rows),
             shapes.int32(sequences, columns), shapes.int32(sequences), shapes.int32(sequences),
         )  # fmt: skip
-        return Description(
-            mixed_unit,
-            (
-                shapes.weights(unit), shapes.hidden(size.tokens), shapes.arena(), context,
-                attention.step_shape(size.tokens),
-                self._schedule_shape(attention.decode_schedule, shapes.int32(rows)),
-                self._schedule_shape(
-                    partial(attention.prefill_schedule, tokens=size.prompt_tokens),
-                    shapes.int32(sequences), shapes.int32(sequences),
-                ),
-                attention.offsets_shape(),
+        return (
+            shapes.weights(shapes.defs.unit), shapes.hidden(size.tokens), shapes.arena(), context,
+            attention.step_shape(size.tokens),
+            self._decode_schedule(size),
+            self._schedule_shape(
+                partial(attention.prefill_schedule, tokens=size.prompt_tokens),
+                shapes.int32(sequences), shapes.int32(sequences),
             ),
-            (WHOLE, ARENA),
-            donate=(1, 2),
+            shapes.place(),
         )  # fmt: skip
 
-    def last(self, size: MixedSize) -> Description:
-        """The hidden states that something is sampled behind."""
-        shapes = self._shapes
-
-        def mixed_last(hidden: jax.Array, places: jax.Array) -> jax.Array:
-            return hidden[places]
-
-        return Description(mixed_last, (shapes.hidden(size.tokens), shapes.int32(size.rows)), WHOLE)
+    def _decode_schedule(self, size: MixedSize) -> Any:
+        """Its shape, of the decode rows and of the last tokens, which are as many."""
+        return self._schedule_shape(self._attention.decode_schedule, self._shapes.int32(size.rows))

@@ -1,17 +1,23 @@
 """What runs on the devices of a replica: passes over its weights, and the state they leave."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm.mailbox import addresses, mailboxes
 
 from lumen.model import LoadedModel
+from serving.engine.device.compilation import Compiled
 from serving.engine.device.decode_batch import DecodeBatch, DecodeBatches
 from serving.engine.device.prefill_calls import CallSize, PrefillCall, most_sequences
+from serving.engine.device.program_shapes import Place
 from serving.engine.device.programs import HeadKind, Programs
 from serving.engine.device.rows import RowState, mask_array
+from serving.engine.device.step_attention import LastTokens
 from serving.engine.executor import ExecutorLimits, MixedSize
 from serving.engine.plan import NO_ROWS, Int32, StepPlan
 
@@ -54,8 +60,12 @@ class DevicePasses:
         self._limits = limits
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
         self.last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
-        self._offsets = [
-            tuple(self._put(offset) for offset in _layer_offsets(model, unit))
+        mail: tuple[jax.Array, ...] = ()
+        if programs.mailboxes is not None:
+            self._mailboxes = mailboxes(programs.mailboxes, model.mesh)  # kept: kernels store there
+            mail = (addresses(programs.mailboxes, self._mailboxes),)
+        self._places = [
+            Place(tuple(self._put(offset) for offset in _layer_offsets(model, unit)), mail)
             for unit in range(len(model.units))
         ]
         self._decode_buckets = sorted(programs.decode_unit)
@@ -70,7 +80,20 @@ class DevicePasses:
         self._batches = DecodeBatches(self.rows, self._decode_buckets, self._put)
 
     def rehearse(self) -> None:
-        """See `DeviceExecutor.rehearse`."""
+        """See `DeviceExecutor.rehearse`.
+
+        Several devices wait for each program: while one is given new kernels, no other may be in a
+        kernel that waits for it, as loading may wait for what runs.
+        """
+        programs = self.programs
+        if self.model.mesh.size > 1:
+            self.programs = programs.awaited()
+        try:
+            self._rehearse()
+        finally:
+            self.programs = programs
+
+    def _rehearse(self) -> None:
         padding = self.rows.padding
         done: list[jax.Array] = []
         for bucket in self._decode_buckets:
@@ -78,8 +101,7 @@ class DevicePasses:
             hidden = self._run_decode(batch)
             done += (self._sample_batch(kind, batch, hidden, {}).tokens for kind in HeadKind)
         for size in self.call_sizes:
-            packed, hidden = self._run_prefill(PrefillCall(size, ()))
-            done += self.programs.prefill_last[size.tokens](hidden, packed)
+            done += self._run_prefill(PrefillCall(size, ()))
         for mixed in self._limits.mixed_sizes:
             done += self._run_mixed(mixed, StepPlan(0))
         self._batches.forget()
@@ -107,13 +129,12 @@ class DevicePasses:
 
         masks: of any rows. Where none samples, something to wait for.
         """
-        packed, hidden = self._run_prefill(call)
+        hidden, drawn, lengths = self._run_prefill(call)
         rows = call.sampling_rows()
         if not rows.size:
             return hidden
-        last, drawn, lengths = self.programs.prefill_last[call.size.tokens](hidden, packed)
         mine = {row: masks[row] for row in rows.tolist() if row in masks}
-        return self._sample_rows(rows, call.size.sequences, last, drawn, lengths, mine)
+        return self._sample_rows(rows, call.size.sequences, hidden, drawn, lengths, mine)
 
     def mixed(self, size: MixedSize, plan: StepPlan) -> Sampled:
         """All of a plan in one call: its decode rows and then those whose prompts end."""
@@ -129,33 +150,47 @@ class DevicePasses:
             self.model.embedding, self.last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
-        for weights, offsets in zip(self.model.units, self._offsets, strict=True):
+        for weights, place in zip(self.model.units, self._places, strict=True):
             hidden, self.arena = unit(
-                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, offsets
+                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, place
             )
         return hidden
 
-    def _run_prefill(self, call: PrefillCall) -> tuple[jax.Array, jax.Array]:
-        """A call on the device, and the hidden states of its tokens."""
+    def _run_prefill(self, call: PrefillCall) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What head takes of a call: the hidden states of its sequences' ends, rows and lengths."""
         programs, tokens = self.programs, call.size.tokens
         packed = self._put(self.rows.pack_call(call))
-        hidden, step, schedule = programs.prefill_embed[tokens](self.model.embedding, packed)
-        unit = programs.prefill_unit[tokens]
-        for weights, offsets in zip(self.model.units, self._offsets, strict=True):
-            hidden, self.arena = unit(weights, hidden, self.arena, packed, step, schedule, offsets)
-        return packed, hidden
+        hidden, *context, last, rows = programs.prefill_embed[tokens](self.model.embedding, packed)
+        units = programs.prefill_unit[tokens], programs.prefill_last[tokens]
+        hidden = self._run_units(*units, hidden, (packed, *context), last)
+        return hidden, rows, last.lengths
 
     def _run_mixed(self, size: MixedSize, plan: StepPlan) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What head takes: the hidden states that something is sampled behind, rows and lengths."""
         programs = self.programs
         packed = self._put(self.rows.pack_mixed(size, plan))
-        hidden, *step, (places, rows, lengths) = programs.mixed_embed[size](
+        hidden, *context, last, rows = programs.mixed_embed[size](
             self.model.embedding, self.last_tokens, packed
         )
-        unit = programs.mixed_unit[size]
-        for weights, offsets in zip(self.model.units, self._offsets, strict=True):
-            hidden, self.arena = unit(weights, hidden, self.arena, *step, offsets)
-        return programs.mixed_last[size](hidden, places), rows, lengths
+        units = programs.mixed_unit[size], programs.mixed_last[size]
+        hidden = self._run_units(*units, hidden, context, last)
+        return hidden, rows, last.lengths
+
+    def _run_units(
+        self,
+        unit: Compiled,
+        last_unit: Compiled,
+        hidden: jax.Array,
+        context: Sequence[Any],
+        last: LastTokens,
+    ) -> jax.Array:
+        """All layers of a call with prompt tokens: the hidden states of its last tokens."""
+        *front, final = zip(self.model.units, self._places, strict=True)
+        for weights, place in front:
+            hidden, self.arena = unit(weights, hidden, self.arena, *context, place)
+        weights, place = final
+        hidden, self.arena = last_unit(weights, hidden, self.arena, *context, place, last)
+        return hidden
 
     def _sample_batch(
         self, kind: HeadKind, batch: DecodeBatch, hidden: jax.Array, masks: Masks

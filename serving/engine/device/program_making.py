@@ -23,7 +23,7 @@ from serving.engine.device.programs import HeadKind, ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
 _SLOWEST = (
-    "mixed_unit", "decode_unit", "prefill_unit",
+    "mixed_unit", "mixed_last", "decode_unit", "prefill_unit", "prefill_last",
     HeadKind.COMPLETE, HeadKind.TRUNCATED, HeadKind.SAMPLED,
 )  # fmt: skip
 """Kinds of programs that take long to make, the longest first. Of units, those of few rows do."""
@@ -107,7 +107,8 @@ class ProgramMaking:
             kind, *rest = source.key
             place = tuple(rest) if len(rest) > 1 else (rest[0] if rest else None)
             tables.setdefault(kind, {})[place] = compiled[name]
-        return Programs(**{**tables, "zero_arena": tables["zero_arena"][None]})
+        made = {**tables, "zero_arena": tables["zero_arena"][None]}
+        return Programs(**made, mailboxes=self.shapes.mailboxes)
 
     def close(self) -> None:
         """End the children."""

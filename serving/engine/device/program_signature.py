@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 UNTOLD = object()
-"""In place of an argument that is not looked at."""
+"""In place of an argument, or a part of one, that is not looked at."""
 
 
 def mismatch(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> str | None:
@@ -14,13 +14,17 @@ def mismatch(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> str |
     if len(takes) != len(arguments):
         return f"it takes {len(takes)} arguments, not {len(arguments)}"
     for place, (found, shardings, wanted) in enumerate(zip(takes, placed, arguments, strict=True)):
-        if wanted is UNTOLD:
-            continue
-        tree: Any = jax.tree.structure(wanted)
-        if jax.tree.structure(found) != tree:
+        tree: Any
+        leaves, tree = jax.tree.flatten(wanted)
+        try:
+            parts = tree.flatten_up_to(found), tree.flatten_up_to(shardings)
+        except ValueError:
             return f"argument {place} has another structure"
-        leaves = jax.tree.leaves(found), _leaves(shardings), jax.tree.leaves(wanted)
-        for aval, sharding, struct in zip(*leaves, strict=True):
+        for aval, sharding, struct in zip(*parts, leaves, strict=True):
+            if struct is UNTOLD:
+                continue
+            if not jax.tree_util.all_leaves([aval]):
+                return f"argument {place} has another structure"
             if (aval.shape, aval.dtype) != (struct.shape, struct.dtype):
                 return f"argument {place} is {aval.str_short()}, not {_short(struct)}"
             # An argument that the program does not look at has no sharding.
@@ -29,10 +33,6 @@ def mismatch(compiled: jax.stages.Compiled, arguments: tuple[Any, ...]) -> str |
             ):
                 return f"argument {place} lies otherwise: {sharding}, not {struct.sharding}"
     return None
-
-
-def _leaves(shardings: Any) -> list[Any]:
-    return jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None)
 
 
 def _short(struct: jax.ShapeDtypeStruct) -> str:

@@ -1,15 +1,16 @@
 """The compiled programs of a replica: what runs on its devices in a step.
 
 A decode step is embed, one call per unit, head; a prefill call, which takes chunks of several
-prompts, is embed, one call per unit and, if any of them samples, last and head; a mixed call does
-both in one pass. Each kind is compiled once per bucket; all units share one program, because a
-unit's place is an argument.
+prompts, is embed, one call per unit and, if any of them samples, head; a mixed call does both in
+one pass. Each kind is compiled once per bucket; all units share one program, because a unit's place
+is an argument. Calls with prompt tokens run their last unit by another, `last`: behind the last
+layer's keys and values it computes only the tokens that something is sampled behind, which are few.
 Everything runs inside one `shard_map` over the tensor axis.
 """
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm import Mailboxes
 from lumen_kernels.target import Target
 
 from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
@@ -28,9 +30,15 @@ from serving.engine.device.program_shapes import (
     SAMPLING_FIELDS,
     SEQUENCE_FIELDS,
     WHOLE,
+    Place,
     ProgramShapes,
 )
-from serving.engine.device.step_attention import Offsets, Schedule, Step, StepAttention
+from serving.engine.device.step_attention import (
+    LastTokens,
+    Schedule,
+    Step,
+    StepAttention,
+)
 from serving.engine.executor import MixedSize
 
 
@@ -50,30 +58,35 @@ class Programs:
 
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
         -> hidden [b, hidden size], step, schedule
-    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offsets) -> hidden, arena
-    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule
-    prefill_unit[c](unit, hidden, arena, call, step, schedule, offsets) -> hidden, arena
-    prefill_last[c](hidden, call) -> hidden [s, hidden size], rows [s], lengths [s]
+    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, place) -> hidden, arena
+    prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule,
+        last, rows [s]
+    prefill_unit[c](unit, hidden, arena, call, step, schedule, place) -> hidden, arena
+    prefill_last[c](unit, hidden, arena, call, step, schedule, place, last)
+        -> hidden [s, hidden size], arena
     mixed_embed[size](embedding, last_tokens, packed) -> hidden [size.tokens, hidden size],
-        context, step, decode schedule, prefill schedule, (places [b], rows [b], lengths [b])
-    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets)
+        context, step, decode schedule, prefill schedule, last, rows [b]
+    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place)
         -> hidden, arena
-    mixed_last[size](hidden, places) -> hidden [b, hidden size]
+    mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place,
+        last) -> hidden [b, hidden size], arena
     head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
         last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
     zero_arena() -> arena
 
     step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
     of this step is cut over the chip, the same for all layers; a tuple, empty where the backend
-    needs none. offsets: of each of the unit's layers, slots of a block before those of the layer;
-    a tuple of scalars, as a GPU would launch a kernel to add to one. rows: num_rows marks a padding
-    row. lengths: tokens including the one being run, 0 for padding.
+    needs none. place: a `Place`; the offsets, of each of the unit's layers, are slots of a block
+    before those of the layer: scalars, as a GPU would launch a kernel to add to one. rows: num_rows
+    marks a padding row. lengths: tokens including the one being run, 0 for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
-    size: a `MixedSize`, whose rows are a batch b that head takes. packed, places: of a mixed call,
-    see `mixed_call.MixedArrays`; context: a `MixedContext`.
+    size: a `MixedSize`, whose rows are a batch b that head takes. packed: of a mixed call, see
+    `mixed_call.MixedArrays`; context: a `MixedContext`. last: `LastTokens` of the call, and rows:
+    those that they are of.
     more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
-    hidden and arena are donated to the units, nothing else is.
+    mailboxes: of the devices, if programs sum over them by a kernel; `place` then has addresses.
+    arena is donated to the units, and hidden where it has the shape of the result; nothing else is.
     """
 
     decode_embed: dict[int, Compiled]
@@ -86,6 +99,20 @@ class Programs:
     mixed_embed: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_unit: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_last: dict[MixedSize, Compiled] = field(default_factory=dict)
+    mailboxes: Mailboxes | None = None
+
+    def awaited(self) -> "Programs":
+        """The same, but each call returns when the devices are done with it."""
+
+        def wait(program: Compiled) -> Compiled:
+            return lambda *arguments: jax.block_until_ready(program(*arguments))
+
+        kinds: dict[str, Any] = {
+            one.name: {place: wait(program) for place, program in found.items()}
+            for one in fields(self)
+            if isinstance(found := getattr(self, one.name), dict)
+        }
+        return replace(self, **kinds)
 
 
 class ProgramBuilder:
@@ -128,18 +155,18 @@ class ProgramBuilder:
             found["decode_unit", b] = partial(self._decode_unit, b)
         for c, s in sorted(chunk_buckets.items(), reverse=True):
             found["prefill_unit", c] = partial(self._prefill_unit, c, s)
+            found["prefill_last", c] = partial(self._prefill_last, c, s)
         for size in mixed_sizes:
             found["mixed_unit", *size] = partial(self._described, self._mixed.unit, size)
+            found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
         for b in decode_buckets:
             for kind in HeadKind:
                 found["head", b, kind] = partial(self._head, b, kind)
             found["decode_embed", b] = partial(self._decode_embed, b)
         for c, s in chunk_buckets.items():
             found["prefill_embed", c] = partial(self._prefill_embed, c, s)
-            found["prefill_last", c] = partial(self._prefill_last, c, s)
         for size in mixed_sizes:
             found["mixed_embed", *size] = partial(self._described, self._mixed.embed, size)
-            found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
         return found
 
     def _described(
@@ -196,11 +223,11 @@ class ProgramBuilder:
             lengths: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
-            attend = self._attention.decode_attend(step, schedule, tables, lengths, offsets)
+            attend = self._attention.decode_attend(step, schedule, tables, lengths, place.offsets)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -211,7 +238,7 @@ class ProgramBuilder:
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
                 self._attention.step_shape(rows),
                 self._schedule_shape(self._attention.decode_schedule, shapes.int32(rows)),
-                self._attention.offsets_shape(),
+                shapes.place(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -223,16 +250,22 @@ class ProgramBuilder:
 
         def prefill_embed(
             weights: Sequence[jax.Array], call: jax.Array
-        ) -> tuple[jax.Array, Step, Schedule]:
-            tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
+        ) -> tuple[jax.Array, Step, Schedule, LastTokens, jax.Array]:
+            tables, starts, counts, rows = self._unpacked(call, tokens, sequences)
             hidden: jax.Array = embedding.merge(weights)(call[:tokens], self._axis)
-            step = self._attention.prefill_step(tables, starts, counts, tokens)
-            return hidden, step, self._attention.prefill_schedule(starts, counts, tokens)
+            attention = self._attention
+            return (
+                hidden,
+                attention.prefill_step(tables, starts, counts, tokens),
+                attention.prefill_schedule(starts, counts, tokens),
+                attention.last_of_sequences(tables, starts, counts, rows < shapes.num_rows),
+                rows,
+            )
 
         return self._lower(
             prefill_embed,
             (shapes.weights(embedding), shapes.prefill_call(tokens, sequences)),
-            (WHOLE, WHOLE, WHOLE),
+            (WHOLE,) * 5,
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
@@ -246,46 +279,62 @@ class ProgramBuilder:
             call: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(step, schedule, tables, starts, counts, offsets)
+            attend = self._attention.prefill_attend(
+                step, schedule, tables, starts, counts, place.offsets
+            )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
-        return self._lower(
-            prefill_unit,
-            (
-                shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
-                shapes.prefill_call(tokens, sequences), self._attention.step_shape(tokens),
-                self._schedule_shape(
-                    partial(self._attention.prefill_schedule, tokens=tokens),
-                    shapes.int32(sequences), shapes.int32(sequences),
-                ),
-                self._attention.offsets_shape(),
-            ),
-            (WHOLE, ARENA),
-            donate=(1, 2),
-        )  # fmt: skip
+        arguments = self._prefill_arguments(tokens, sequences)
+        return self._lower(prefill_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
 
     def _prefill_last(self, tokens: int, sequences: int) -> jax.stages.Lowered:
         shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_last(
-            hidden: jax.Array, call: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            _, starts, counts, rows = self._unpacked(call, tokens, sequences)
-            last = jnp.maximum(jnp.cumsum(counts, dtype=jnp.int32) - 1, 0)
-            lengths = jnp.where(rows < shapes.num_rows, starts + counts, 0)
-            return hidden[last], rows, lengths
+            weights: Sequence[jax.Array],
+            hidden: jax.Array,
+            arena: Arena,
+            call: jax.Array,
+            step: Step,
+            schedule: Schedule,
+            place: Place,
+            last: LastTokens,
+        ) -> tuple[jax.Array, Arena]:
+            tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
+            attend = self._attention.prefill_attend(
+                step, schedule, tables, starts, counts, place.offsets, last
+            )
+            result: tuple[jax.Array, Arena] = unit.merge(weights)(
+                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
+            )
+            return result
 
-        return self._lower(
-            prefill_last,
-            (shapes.hidden(tokens), shapes.prefill_call(tokens, sequences)),
-            (WHOLE, WHOLE, WHOLE),
+        last = self._attention.last_shape(
+            sequences,
+            self._schedule_shape(self._attention.decode_schedule, self._shapes.int32(sequences)),
         )
+        arguments = (*self._prefill_arguments(tokens, sequences), last)
+        return self._lower(prefill_last, arguments, (WHOLE, ARENA), donate=(2,))
+
+    def _prefill_arguments(self, tokens: int, sequences: int) -> tuple[Any, ...]:
+        """Of prefill_unit."""
+        shapes, attention = self._shapes, self._attention
+        return (
+            shapes.weights(shapes.defs.unit), shapes.hidden(tokens), shapes.arena(),
+            shapes.prefill_call(tokens, sequences), attention.step_shape(tokens),
+            self._schedule_shape(
+                partial(attention.prefill_schedule, tokens=tokens),
+                shapes.int32(sequences), shapes.int32(sequences),
+            ),
+            shapes.place(),
+        )  # fmt: skip
 
     def _head(self, rows: int, kind: HeadKind) -> jax.stages.Lowered:
         shapes = self._shapes

@@ -18,26 +18,22 @@ from lumen_kernels.target import Target
 from lumen.decoder import Attend
 from lumen.rope import inverse_frequencies, rotation
 from lumen.sharding import HeadLayout
-from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.program_shapes import Offsets, ProgramShapes
 
 
 class Step(NamedTuple):
     """What all layers of a step need to know about its tokens. Shapes for t tokens.
 
     rotation: float32 [t, head_dim], cosines and sines of their positions. places: int32 [2, t],
-    where their keys and values are stored, as `lumen_kernels.rotary_write.write` takes it; a
-    tuple, empty where attention finds that out itself.
+    where their keys and values are stored, as `lumen_kernels.rotary_write.write` takes it.
     """
 
     rotation: jax.Array
-    places: tuple[jax.Array, ...]
+    places: jax.Array
 
 
 Schedule = tuple[jax.Array, ...]
 """What `paged_attention.decode_schedule` or `prefill_schedule` makes, or nothing."""
-
-Offsets = tuple[jax.Array, ...]
-"""Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
 
 
 class MixedContext(NamedTuple):
@@ -49,6 +45,20 @@ class MixedContext(NamedTuple):
     prefill_tables: jax.Array
     starts: jax.Array
     counts: jax.Array
+
+
+class LastTokens(NamedTuple):
+    """Of a call, the r tokens that something is sampled behind: in the last layer they alone attend
+    to anything, each as if it were decoded.
+
+    places int32 [r] in the call. tables int32 [r, t], lengths int32 [r]: of their rows, up to and
+    with the token; a length of 0 is padding. schedule: `StepAttention.decode_schedule` of these.
+    """
+
+    places: jax.Array
+    tables: jax.Array
+    lengths: jax.Array
+    schedule: Schedule
 
 
 _Read = Callable[..., tuple[jax.Array, jax.Array | None, Arena]]
@@ -70,13 +80,8 @@ class StepAttention:
     def step_shape(self, tokens: int) -> Any:
         """A `Step` of so many tokens, of shape structs."""
         shapes = self._shapes
-        cosines_sines: Any = shapes.float32(tokens, shapes.config.head_dim)
-        places: Any = (shapes.int32(2, tokens),) if self._stores_first else ()
-        return Step(cosines_sines, places)
-
-    def offsets_shape(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Of the layer offsets of a unit."""
-        return (self._shapes.int32(),) * self._shapes.config.unit_layers
+        shaped: Any = Step  # of shape structs
+        return shaped(shapes.float32(tokens, shapes.config.head_dim), shapes.int32(2, tokens))
 
     def decode_step(self, tables: jax.Array, lengths: jax.Array) -> Step:
         """tables int32 [rows, t], lengths int32 [rows]: with the new token, 0 for padding."""
@@ -91,10 +96,14 @@ class StepAttention:
 
     def mixed_step(self, context: MixedContext, prompt_tokens: int) -> Step:
         """Of a mixed call's decode rows, then of its prompt tokens."""
+        tables = jnp.concatenate([context.decode_tables, context.prefill_tables])
+        return self._step(tables, *self._mixed_rows(context, prompt_tokens))
+
+    def _mixed_rows(self, context: MixedContext, prompt_tokens: int) -> tuple[jax.Array, jax.Array]:
+        """Of each token of a mixed call, its place among all tables and its position."""
         count = context.lengths.shape[0]
         rows, positions = stream_positions(context.starts, context.counts, prompt_tokens)
-        return self._step(
-            jnp.concatenate([context.decode_tables, context.prefill_tables]),
+        return (
             jnp.concatenate([jnp.arange(count, dtype=jnp.int32), count + rows]),
             jnp.concatenate([context.lengths - 1, positions]),
         )
@@ -102,9 +111,32 @@ class StepAttention:
     def _step(self, tables: jax.Array, rows: jax.Array, positions: jax.Array) -> Step:
         config, block_size = self._shapes.config, self._shapes.arena_layout.block_size
         table = rotation(jnp.maximum(positions, 0), inverse_frequencies(config))
-        if not self._stores_first:
-            return Step(table, ())
-        return Step(table, (write_places(tables, rows, positions, block_size),))
+        return Step(table, write_places(tables, rows, positions, block_size))
+
+    def last_of_sequences(
+        self, tables: jax.Array, starts: jax.Array, counts: jax.Array, samples: jax.Array
+    ) -> LastTokens:
+        """Of a prefill call: one for each sequence, padding where samples, bool [s], is false."""
+        places = jnp.maximum(jnp.cumsum(counts, dtype=jnp.int32) - 1, 0)
+        lengths = jnp.where(samples, starts + counts, 0)
+        return LastTokens(places, tables, lengths, self.decode_schedule(lengths))
+
+    def last_of_mixed(
+        self, context: MixedContext, prompt_tokens: int, places: jax.Array, lengths: jax.Array
+    ) -> LastTokens:
+        """Of a mixed call: places and lengths, int32 [r], as `LastTokens` has them."""
+        rows = self._mixed_rows(context, prompt_tokens)[0][places]
+        tables = jnp.concatenate([context.decode_tables, context.prefill_tables])[rows]
+        return LastTokens(places, tables, lengths, self.decode_schedule(lengths))
+
+    def last_shape(self, rows: int, schedule: Any) -> Any:
+        """A `LastTokens` of so many, of shape structs; schedule: of its own, as one of those."""
+        shapes = self._shapes
+        shaped: Any = LastTokens  # of shape structs
+        return shaped(
+            shapes.int32(rows), shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
+            schedule,
+        )  # fmt: skip
 
     def decode_schedule(self, lengths: jax.Array) -> Schedule:
         """How attention of a decode step is cut over the chip; empty where that needs nothing."""
@@ -143,9 +175,11 @@ class StepAttention:
         starts: jax.Array,
         counts: jax.Array,
         offsets: Offsets,
+        last: LastTokens | None = None,
     ) -> Attend:
-        """Attention of a unit's layers in a prefill call."""
-        return self._attend(step, offsets, self._prefill_read(schedule, tables, starts, counts))
+        """Attention of a unit's layers in a prefill call; last: of the last unit's."""
+        read = self._prefill_read(schedule, tables, starts, counts)
+        return self._attend(step, offsets, read, last)
 
     def mixed_attend(
         self,
@@ -154,10 +188,11 @@ class StepAttention:
         prefill_schedule: Schedule,
         context: MixedContext,
         offsets: Offsets,
+        last: LastTokens | None = None,
     ) -> Attend:
         """Attention of a unit's layers in a mixed call: decode's and prefill's, one for each part.
 
-        No token of one part is in the context of the other.
+        No token of one part is in the context of the other. last: of the last unit's.
         """
         count = context.lengths.shape[0]
         parts = (slice(count), slice(count, None))
@@ -172,7 +207,7 @@ class StepAttention:
             prefilled, _, arena = prefill(*rest, arena, offset)
             return jnp.concatenate([decoded, prefilled]), None, arena
 
-        return self._attend(step, offsets, read)
+        return self._attend(step, offsets, read, last)
 
     def _decode_read(self, schedule: Schedule, tables: jax.Array, lengths: jax.Array) -> _Read:
         def read(q: jax.Array, k: Any, v: Any, arena: Arena, offset: jax.Array) -> Any:
@@ -194,25 +229,31 @@ class StepAttention:
 
         return read
 
-    def _attend(self, step: Step, offsets: Offsets, read: _Read) -> Attend:
+    def _attend(
+        self, step: Step, offsets: Offsets, read: _Read, last: LastTokens | None = None
+    ) -> Attend:
         kv_heads, eps = self._heads.kv_per_device, self._shapes.config.rms_norm_eps
 
         def attend(
             layer_in_unit: int, projections: Projections, arena: Arena
         ) -> tuple[jax.Array, Arena]:
             offset = offsets[layer_in_unit]
-            k: jax.Array | None = None
-            v: jax.Array | None = None
-            if step.places:
-                q, arena = rotary_write.write(
-                    projections, step.rotation, arena, step.places[0], offset,
-                    kv_heads=kv_heads, eps=eps, target=self._target,
-                )  # fmt: skip
-            else:
+            narrows = last if layer_in_unit + 1 == len(offsets) else None
+            if not self._stores_first and narrows is None:
                 q, k, v = rotary_write.rotate(
                     projections, step.rotation, kv_heads=kv_heads, eps=eps
                 )
-            out, _, arena = read(q, k, v, arena, offset)
+                out, _, arena = read(q, k, v, arena, offset)
+                return out, arena
+            q, arena = rotary_write.write(
+                projections, step.rotation, arena, step.places, offset,
+                kv_heads=kv_heads, eps=eps, target=self._target,
+            )  # fmt: skip
+            if narrows is None:
+                out, _, arena = read(q, None, None, arena, offset)
+            else:
+                read_last = self._decode_read(narrows.schedule, narrows.tables, narrows.lengths)
+                out, _, arena = read_last(q[narrows.places], None, None, arena, offset)
             return out, arena
 
         return attend

@@ -193,7 +193,9 @@ def test_the_kernel_takes_what_it_was_measured_to_win():
     for cut in cuts.values():
         assert cut.splits * cut.sharing * cut.row_blocks <= 2
     assert [m for m in (1, 8, 16, 17, 256, 257) if gated(m)] == [17, 256]
-    assert gated(64, (14336, 4096)) is None
+    assert gated(64, (12288, 4096)) is None
+    quarter = gated(32, (14336, 8192))  # of Llama-3.1-70B's
+    assert (quarter.tile_n, quarter.stages) == (112, 5)
     assert gated(64, (28680, 4096)) is None
     assert gated(64, target=CPU) is None
     for target in (CPU, Target(Backend.XLA, "gpu"), Target(Backend.MOSAIC_TPU, "tpu")):

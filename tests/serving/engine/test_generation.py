@@ -135,6 +135,31 @@ def test_steps_are_filled_if_told_or_beside_the_batch_class(
     assert prefilled[1:4] == [32, 28, 0]
 
 
+@pytest.mark.parametrize(
+    ("other", "prefill_first", "decoding"),
+    [
+        (Priority.LOW, True, [0, 0, 0, 4, 5]),
+        (Priority.LOW, False, [0, 2, 3, 4, 5]),
+        (Priority.HIGH, True, [0, 2, 3, 4, 5]),
+    ],
+)
+def test_decodes_of_the_batch_class_wait_for_prompts_that_fill_calls(
+    make_driver, make_prompt, other, prefill_first, decoding
+):
+    driver = make_driver(
+        limits={"max_prefill_tokens": 32, "max_prefills": 8, "num_blocks": 80, "num_rows": 12},
+        config={"prefill_first": prefill_first, "spread_steps": 1, "prefix_caching": False},
+    )
+    driver.add("first", make_prompt(12), priority=Priority.LOW, max_tokens=9)
+    driver.add("other", make_prompt(20), priority=other, max_tokens=9)
+    for index in range(2):
+        driver.add(f"r{index}", make_prompt(32, index), priority=Priority.LOW, max_tokens=4)
+    driver.add("short", make_prompt(31), priority=Priority.LOW, max_tokens=4)  # fills no call
+    driver.run()
+    driver.assert_as_reference()
+    assert [plan.decode_rows.size for plan in driver.plans[: len(decoding)]] == decoding
+
+
 @pytest.mark.parametrize("name", ["spread_steps", "min_prefill_tokens"])
 def test_a_spread_of_nothing_is_refused(name):
     with pytest.raises(ConfigurationError, match=name):

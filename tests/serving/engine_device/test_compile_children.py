@@ -39,7 +39,7 @@ from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_source import Source
 from serving.engine.device.programs import HeadKind, ProgramBuilder
 
-KEY = ("prefill_last", 16)
+KEY = ("decode_embed", 1)
 CONFIG = DeviceExecutorConfig(
     max_model_len=64, num_rows=1, num_blocks=32, max_prefill_tokens=16, prefill_buckets=(16,)
 )
@@ -222,7 +222,7 @@ from serving.engine.device.compilation import compile_all
 from serving.engine.device.compile_children import CompileChildren
 children = CompileChildren(2, pickle.load(sys.stdin.buffer))
 print(children._process.pid, flush=True)
-children.compile(("prefill_last", 16))
+children.compile(("decode_embed", 1))
 print("compiled", flush=True)
 time.sleep(60)
 """

@@ -59,11 +59,16 @@ def test_a_mixed_call_on_hopper_reads_and_writes_what_its_parts_would():
     offsets = (jnp.int32(0),)
 
     step = mine.mixed_step(context, PROMPT_TOKENS)
-    assert step.places  # stored by the kernel that rotates
+    assert mine._stores_first  # by the kernel that rotates
     assert of_rows
     assert of_prompts
     mixed = mine.mixed_attend(step, of_rows, of_prompts, context, offsets)
     out, written = jax.jit(mixed, static_argnums=0)(0, Projections(fused, None, None), arena)
+
+    places, ends = jnp.array([0, 1, ROWS + 24, 0]), jnp.array([37, 5, 44, 0])
+    last = mine.last_of_mixed(context, PROMPT_TOKENS, places, ends)
+    narrowed = mine.mixed_attend(step, of_rows, of_prompts, context, offsets, last)
+    few, kept = jax.jit(narrowed, static_argnums=0)(0, Projections(fused, None, None), arena)
 
     decode = mine.decode_attend(mine.decode_step(*decoding), of_rows, *decoding, offsets)
     prefill = mine.prefill_attend(
@@ -78,5 +83,10 @@ def test_a_mixed_call_on_hopper_reads_and_writes_what_its_parts_would():
     np.testing.assert_array_equal(np.asarray(out[:2]), np.asarray(first[:2]))
     np.testing.assert_array_equal(np.asarray(out[ROWS : ROWS + 25]), np.asarray(rest[:25]))
     assert np.isfinite(np.asarray(first[:2], np.float32)).all()
-    for one, other in zip(written, arena, strict=True):
+    assert few.shape == (4, *out.shape[1:])
+    np.testing.assert_array_equal(np.asarray(few[:2]), np.asarray(first[:2]))
+    expected = np.asarray(rest[24], np.float32)  # by the other kernel
+    np.testing.assert_allclose(np.asarray(few[2], np.float32), expected, rtol=0, atol=0.02)
+    for one, too, other in zip(written, kept, arena, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        np.testing.assert_array_equal(np.asarray(too), np.asarray(other))

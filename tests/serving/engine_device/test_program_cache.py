@@ -47,7 +47,7 @@ from serving.engine.device.program_identity import (
     source_digest,
 )
 from serving.engine.device.program_shapes import ProgramShapes
-from serving.engine.device.program_signature import mismatch
+from serving.engine.device.program_signature import UNTOLD, mismatch
 from serving.engine.device.program_source import Source
 from serving.engine.device.programs import ProgramBuilder
 from serving.engine.device.step_attention import StepAttention
@@ -496,3 +496,17 @@ def test_jax_caches_nothing_meanwhile():
         nested.enter_context(without_jax_cache())
         assert not jax.config.jax_enable_compilation_cache
     assert jax.config.jax_enable_compilation_cache
+
+
+def test_parts_of_arguments_that_only_tracing_tells_are_not_looked_at(tmp_path):
+    struct = doubling(mesh_of(0), 4).arguments[0]
+
+    def first(pair):
+        return pair[0]
+
+    compiled = jax.jit(first).lower((struct, (struct, struct))).compile()
+    assert mismatch(compiled, ((struct, (struct, struct)),)) is None
+    assert mismatch(compiled, ((struct, UNTOLD),)) is None
+    assert mismatch(compiled, (UNTOLD,)) is None
+    assert "another structure" in mismatch(compiled, ((UNTOLD, struct),))
+    assert "another structure" in mismatch(compiled, ((struct, UNTOLD, UNTOLD),))

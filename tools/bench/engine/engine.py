@@ -86,6 +86,7 @@ class EngineSettings:
     compile_threads: int
     tensor_parallel: int = 1
     mixed_calls: tuple[tuple[int, int], ...] = ()
+    batch_sizes: tuple[int, ...] | None = None
 
 
 def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
@@ -100,6 +101,7 @@ def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceE
         max_prefills=settings.max_prefills,
         prefill_buckets=settings.prefill_buckets,
         mixed_calls=settings.mixed_calls,
+        batch_sizes=settings.batch_sizes,
         dtype=settings.dtype,
         compile_threads=settings.compile_threads,
         cache_dir=cache_dir,
