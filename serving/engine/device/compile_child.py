@@ -68,7 +68,12 @@ def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
     lowerings = ProgramBuilder(shapes, recipe.target).lowerings(
         recipe.decode_buckets, dict(recipe.chunk_buckets), recipe.mixed_sizes
     )
-    return lambda key: packed_executable(lowerings[key]().compile(compiler_options=options))
+    devices = list(shapes.mesh.devices.flat)
+
+    def make(key: Key) -> bytes:
+        return packed_executable(lowerings[key]().compile(compiler_options=options), devices)
+
+    return make
 
 
 if __name__ == "__main__":

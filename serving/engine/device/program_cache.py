@@ -48,7 +48,8 @@ _log = logging.getLogger(__name__)
 class ProgramCache:
     """The executables of one replica identity. Methods may be called from several threads.
 
-    devices: of the replica, in the order of its mesh; they are part of the identity.
+    devices: of the replica, in the order of its mesh; they are part of the identity, except for
+    which of several alike a single one is, where programs may move between them.
     """
 
     folder: Path
@@ -83,7 +84,7 @@ class ProgramCache:
     def store(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keep a program that was compiled here, not one that was loaded. Never raises."""
         try:
-            packed = packed_executable(compiled)
+            packed = packed_executable(compiled, self.devices)
         except Exception as error:  # serializing raises whatever it likes
             self._not_kept(name, error)
             return
@@ -143,6 +144,33 @@ def may_load(devices: Sequence[jax.Device]) -> bool:
     return devices[0].platform != "tpu" or any(device.id == 0 for device in devices)
 
 
+def may_move(mesh: Mesh) -> bool:
+    """Whether what was compiled for another device like the only one of this mesh runs on it.
+
+    Then all such devices share their programs. Found out with a small one; to be called while JAX's
+    own cache is off.
+    """
+    device, *more = mesh.devices.flat
+    if more or device.platform == "tpu":  # not tried there
+        return False
+    other = next((one for one in device.client.local_devices() if one != device), None)
+    if other is None:
+        return True  # there is nothing to be moved from
+    elsewhere = Mesh(np.array([other]), mesh.axis_names)
+    numbers = np.arange(4, dtype=np.float32)
+    struct = jax.ShapeDtypeStruct(
+        numbers.shape, numbers.dtype, sharding=NamedSharding(elsewhere, PartitionSpec())
+    )
+    try:
+        compiled = jax.jit(lambda x: x + jnp.sum(x)).lower(struct).compile()
+        loaded = loaded_executable(packed_executable(compiled, [other]), (device,))
+        found = loaded(jax.device_put(numbers, NamedSharding(mesh, PartitionSpec())))
+        return found.devices() == {device} and np.array_equal(found, numbers + numbers.sum())
+    except Exception as error:  # a backend says in its own way that it cannot
+        _log.info("Each of the devices like %s has programs of its own: %s", device, error)
+        return False
+
+
 def check_trusted(folder: Path) -> None:
     """Raise ConfigurationError if anybody but this user could have put files there."""
     if not hasattr(os, "geteuid"):
@@ -172,7 +200,7 @@ def loads_what_it_saved(mesh: Mesh) -> bool:
     numbers = jax.device_put(np.arange(4 * mesh.size, dtype=np.float32), spread)
     try:
         compiled = jax.jit(lambda x: x + jnp.sum(x)).lower(numbers).compile()
-        loaded = loaded_executable(packed_executable(compiled), devices)
+        loaded = loaded_executable(packed_executable(compiled, devices), devices)
         right = np.array_equal(loaded(numbers), compiled(numbers))
     except Exception as error:  # a backend says in its own way that it cannot
         _log.warning("Executables cannot be kept for %s: %s", devices, error)

@@ -19,6 +19,7 @@ from serving.engine.device.program_arguments import ArgumentLister
 from serving.engine.device.program_cache import (
     ProgramCache,
     loads_what_it_saved,
+    may_move,
     open_program_cache,
 )
 from serving.engine.device.program_identity import replica_identity
@@ -70,11 +71,12 @@ class ProgramMaking:
         if self._begun or self._config.cache_dir is None:
             return
         self._begun = True
-        self._cache = open_program_cache(
-            self._config.cache_dir / _EXECUTABLES,
-            self.shapes.mesh,
-            replica_identity(self.shapes, self._target),
-        )
+        with without_jax_cache():
+            self._cache = open_program_cache(
+                self._config.cache_dir / _EXECUTABLES,
+                self.shapes.mesh,
+                replica_identity(self.shapes, self._target, may_move(self.shapes.mesh)),
+            )
         if self._cache is None:
             return
         self._begin_children(self._cache)  # first: what follows takes a GPU some seconds
