@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.mosaic.gpu import constraints, layout_inference
+from jax.experimental.mosaic.gpu import constraints, core, layout_inference
 from jaxlib.mlir import ir
 from lumen_kernels.matmul import matmul
-from lumen_kernels.quick_lowering import number_values_once
+from lumen_kernels.quick_lowering import install
 from lumen_kernels.target import HOPPER
 
 
@@ -47,8 +47,8 @@ def test_names_are_those_that_jax_gives(seen, monkeypatch):
 
     state = ir.AsmState
     monkeypatch.setattr(ir, "AsmState", noted)
-    number_values_once()
-    number_values_once()
+    install()
+    install()
     lower()
     assert len(states) == len(plain) >= 1
     assert any(len(equal) > 1 for equal in plain[0])
@@ -56,8 +56,17 @@ def test_names_are_those_that_jax_gives(seen, monkeypatch):
     assert layout_inference.ValueSite.__str__ is names
 
 
+def test_a_kernel_of_two_programs_is_the_same(seen, monkeypatch):
+    monkeypatch.setattr(core, "KNOWN_KERNELS", kernels := {})
+    install()
+    lower()
+    assert len(kernels) == 1
+    lower()
+    assert len(kernels) == 1
+
+
 def test_another_jax_is_left_alone(monkeypatch):
     monkeypatch.delattr(layout_inference, "ValueSite")
     infer = layout_inference.infer_layout
-    number_values_once()
+    install()
     assert layout_inference.infer_layout is infer

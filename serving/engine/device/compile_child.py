@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
-from lumen_kernels.quick_lowering import number_values_once
+from lumen_kernels import quick_lowering
 
 from serving.engine.device.compile_recipe import Answer, Recipe
 from serving.engine.device.compiler_options import compiler_options
@@ -28,7 +28,7 @@ from serving.engine.device.programs import ProgramBuilder
 
 def main(fds: Sequence[int]) -> None:
     """Become a process for each of the sockets."""
-    number_values_once()
+    quick_lowering.install()
     mine = next((fd for fd in fds[1:] if os.fork() == 0), fds[0])
     for fd in fds:
         if fd != mine:

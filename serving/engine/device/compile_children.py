@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -125,19 +125,29 @@ class CompileChildren:
 
         Waits for an idle child.
         """
+        return next(self.compile_together([key]))
+
+    def compile_together(self, keys: Sequence[Key]) -> Iterator[bytes | None]:
+        """What `compile` returns of each, in order.
+
+        One child makes them all: kernels that they share are compiled once.
+        """
         link = self._idle.get()
         if link is None:  # there are no children left, and others wait to hear it too
             self._idle.put(None)
-            return None
-        try:
-            answer, why = link.ask(key, self._answer_s)
-        except (EOFError, OSError, TimeoutError) as error:
-            self._lose(link, error)
-            return None
-        self._idle.put(link)
-        if answer is None:
-            _log.warning("A child process could not compile %s: %s", key, why)
-        return answer
+        for place, key in enumerate(keys):
+            answer, why = None, ""
+            if link is not None:
+                try:
+                    answer, why = link.ask(key, self._answer_s)
+                except (EOFError, OSError, TimeoutError) as error:
+                    self._lose(link, error)
+                    link = None
+            if link is not None and place == len(keys) - 1:
+                self._idle.put(link)
+            if why:
+                _log.warning("A child process could not compile %s: %s", key, why)
+            yield answer
 
     def close(self) -> None:
         """End the processes, which have nothing to lose. Whoever waits for one gets None."""

@@ -35,7 +35,7 @@ from serving.engine.device.program_signature import mismatch
 from serving.errors import ConfigurationError
 
 MAX_BYTES = 1 << 30
-"""Of all identities together. A replica of the 8B shape has 142 programs with configs/gpu.toml,
+"""Of all identities together. A replica of the 8B shape has 116 programs with configs/gpu.toml,
 most of them far smaller than the 1.4 MiB of a unit."""
 
 _FORMAT = b"lumen program 1"

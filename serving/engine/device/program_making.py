@@ -29,7 +29,7 @@ from serving.engine.device.programs import ProgramBuilder, Programs
 
 _EXECUTABLES = "executables"
 _SLOWEST = (
-    "mixed_unit", "decode_unit", "mixed_last", "prefill_last", "prefill_unit",
+    "mixed_unit", "prefill_unit", "mixed_last", "prefill_last", "decode_unit",
     HeadKind.COMPLETE, HeadKind.TRUNCATED, "mixed_embed", "decode_embed", "prefill_embed",
     HeadKind.SAMPLED,
 )  # fmt: skip
@@ -101,7 +101,10 @@ class ProgramMaking:
         except Exception as error:  # a backend, or the system, says in its own way that it cannot
             _log.warning("All programs are compiled in one process: %s", error)
             return
-        self._children = ChildPrograms(children, cache, wanted)
+        groups: dict[Key, dict[str, Source]] = {}
+        for name, source in wanted.items():
+            groups.setdefault(_sharing(source.key), {})[name] = source
+        self._children = ChildPrograms(children, cache, list(groups.values()))
 
     def finish(self, advance: Callable[[str, bool], None]) -> Programs:
         """All programs. advance: told the name of each, and whether the cache had it.
@@ -148,6 +151,13 @@ def _name(key: Key, chunks: dict[int, int]) -> str:
     if key[0].startswith("prefill"):
         name += f" of {chunks[key[1]]}"  # sequences: a program of its own in the cache
     return name
+
+
+def _sharing(key: Key) -> Key:
+    """Equal for programs that have most of their kernels in common."""
+    kind, _, part = key[0].partition("_")
+    together = kind in ("prefill", "mixed") and part in ("unit", "last")
+    return (kind, *key[1:]) if together else key
 
 
 def _slowest_first(key: Key) -> tuple[int, int]:
