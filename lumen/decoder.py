@@ -9,7 +9,6 @@ Matrices are [out, in], Hugging Face's orientation. Norms and biases are float32
 has the model's dtype; sums inside norms, rotations and activations are in float32.
 """
 
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -18,6 +17,7 @@ from flax import nnx
 from jax import lax
 from lumen_kernels.dense_chain import Weights, dense_chain, first_norm, rms_norm
 from lumen_kernels.matmul import matmul
+from lumen_kernels.reduce_norm import Mail, SumOverDevices
 from lumen_kernels.rotary_write import Projections
 from lumen_kernels.target import Target
 
@@ -103,16 +103,18 @@ class DecoderUnit(nnx.Module):
         target: Target,
         axis_name: str | None = None,
         kept: jax.Array | None = None,
+        mail: Mail | None = None,
     ) -> tuple[jax.Array, Any]:
         """Run the unit's layers.
 
         hidden [tokens, hidden] in the model's dtype; target: of the mesh this is traced for.
         kept: int32 [k], the tokens whose hidden states are wanted; None: all. Of the others the
         last layer computes keys and values and no more, and `attend` returns its outputs for those
-        kept. Returns the new hidden states and the arena as `attend` left it.
+        kept. mail: for sums over devices by a kernel. Returns the new hidden states and the arena
+        as `attend` left it.
         """
         eps, layers = self.config.rms_norm_eps, list(self.layers)
-        reduce = None if axis_name is None else partial(lax.psum, axis_name=axis_name)
+        reduce = None if axis_name is None else SumOverDevices(axis_name, mail)
         norms = self.norms[...].reshape(2 * len(layers), -1)
         x, meetings = first_norm(hidden, norms, eps=eps, target=target)
         projected: jax.Array | None = matmul(x, layers[0].qkv[...], target=target)

@@ -3,6 +3,8 @@
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 python tools/bench_engine.py --memory_fraction=0.945 --json=docs/results/engine.json
 python tools/bench_engine.py --works=a,idle --reps=1 --profile=profiles
+python tools/bench_engine.py --model=random:llama-3.1-70b --tensor_parallel=4 --works=a \
+  --batches=1,32,128 --num_rows=128 --memory_fraction=0.945
 JAX_PLATFORMS=cpu python tools/bench_engine.py --smoke
 
 (a) the time of one decode step at batch 1 to 256 and a context of 1,024: that of 128 output tokens
@@ -31,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lumen.errors import LumenError
 from serving.sim.workload.azure import read_azure
 from tools.bench import results
-from tools.bench.engine import start_up
+from tools.bench.engine import bars, start_up
 from tools.bench.engine.engine import EngineSettings, build
 from tools.bench.engine.report import markdown
 from tools.bench.engine.runner import WORK_NAMES, Options, Outcome, run
@@ -39,6 +41,8 @@ from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.engine.trace_latency import TraceOptions
 
 _WORKS = flags.DEFINE_list("works", list(WORK_NAMES), "What to measure.")
+_BATCHES = flags.DEFINE_list("batches", [], "Decode batches of `a`. Default: those of its bars.")
+_PROFILED = flags.DEFINE_list("profiled", [], "Decode batches of `idle`. Default: --batches.")
 _REPS = flags.DEFINE_integer("reps", 3, "Runs of each work: one sample each.")
 _STARTS = flags.DEFINE_integer("starts", 1, "Cold starts, and warm ones: one sample each.")
 _BUDGET = flags.DEFINE_integer(
@@ -66,6 +70,10 @@ _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the table. Default: pr
 _START_ONLY = flags.DEFINE_bool("start_only", False, "Start, tell how long it took, and end.")
 
 _BARS = "Peer, floors and aims are those of one H200."
+_LARGE_BARS = (
+    f"Floor and aim were set for {bars.LARGE_DEVICES} H200s: 50 and 70 % of the speed of a step "
+    "that only reads weights and KV, at 4.25 TB/s."
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -85,6 +93,8 @@ def main(arguments: list[str]) -> None:
             profile_dir=Path(_PROFILE.value) if _PROFILE.value else None,
             trace=_trace(),
             gateway=_gateway(),
+            batches=_batches(_BATCHES),
+            profiled=_batches(_PROFILED),
         )
         if _START_ONLY.value:
             print(start_up.report(build(options.settings, cache)))
@@ -101,6 +111,13 @@ def _gateway() -> tuple[str, ...]:
     """The works named, or by default those of them that are measured in process, too."""
     named = flags.FLAGS["gateway"].present
     return tuple(name for name in _GATEWAY.value if named or name in _WORKS.value)
+
+
+def _batches(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...] | None:
+    if not all(batch.strip().isdecimal() and int(batch) for batch in flag.value):
+        told = f"--{flag.name}={','.join(flag.value)}"
+        raise ValueError(f"{told}: each must be a whole number, at least 1.")
+    return tuple(int(batch) for batch in flag.value) or None
 
 
 def _trace() -> TraceOptions | None:
@@ -157,7 +174,8 @@ def _write(options: Options, outcome: Outcome) -> None:
     content = results.results(outcome.rows, settings, {})
     device = outcome.facts.get("device")
     to = (_JSON.value, _MARKDOWN.value)
-    results.publish(content, device, markdown(outcome.rows), _BARS, to)
+    told = _LARGE_BARS if options.large else _BARS
+    results.publish(content, device, markdown(outcome.rows), told, to)
 
 
 if __name__ == "__main__":

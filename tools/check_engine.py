@@ -32,7 +32,7 @@ from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from lumen.presets import preset
 from tools.bench import results
-from tools.bench.engine.engine import EngineSettings
+from tools.bench.engine.engine import EngineSettings, devices_of
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.summary import Row
 from tools.check import fast_path, hole, token_by_token
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
             )
         made: dict[str, Callable[[], list[Row]]] = {
             "fast": lambda: _fast_rows(settings, plan),
-            "tokens": _token_rows,
+            "tokens": lambda: _token_rows(settings),
             "hole": lambda: [hole_row(settings.model, hole.check(settings, cache_dir()))],
         }
         for part in _PARTS.value:
@@ -112,15 +112,20 @@ def _fast_rows(settings: EngineSettings, plan: fast_path.Plan) -> list[Row]:
     ]
 
 
-def _token_rows() -> list[Row]:
+def _token_rows(settings: EngineSettings) -> list[Row]:
     config = dataclasses.replace(preset(_TINY.value), head_dim=_TINY_HEAD.value, unit_layers=1)
-    device = jax.devices()[0]
-    platform = "cuda" if device.platform == "gpu" else device.platform
+    devices = devices_of(settings)
+    platform = "cuda" if devices[0].platform == "gpu" else devices[0].platform
     called = kernels(
-        config, "float32", token_by_token.SETTINGS.block_size, Target.of([device]), platform
+        config, "float32", token_by_token.SETTINGS.block_size, Target.of(devices), platform,
+        len(devices),
+    )  # fmt: skip
+    found = token_by_token.check(
+        config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), cache_dir(), devices
     )
-    found = token_by_token.check(config, f"{_TINY.value}-{_TINY_HEAD.value}", (1, 4), cache_dir())
     name = f"{_TINY.value} with heads of {_TINY_HEAD.value}, float32"
+    if len(devices) > 1:
+        name += f", over {len(devices)} devices"
     return [
         token_row(f"{name}, {steps} decode steps per plan", one, called)
         for steps, one in found.items()
@@ -146,7 +151,7 @@ def _settings() -> EngineSettings:
     if _SMOKE.value:
         return dataclasses.replace(
             token_by_token.SETTINGS, model="random:tiny-smollm", num_rows=2, num_blocks=16,
-            mixed_calls=((32, 2),),
+            mixed_calls=((32, 2),), tensor_parallel=flags.FLAGS.tensor_parallel,
         )  # fmt: skip
     return engine_settings()
 

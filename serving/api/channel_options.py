@@ -4,6 +4,11 @@ type Options = list[tuple[str, int]]
 
 _UNLIMITED = -1
 
+_ON_THE_WAY_BYTES = 65_535
+"""What a worker may send before its gateway reads: some steps. What comes more waits at the worker,
+and travels together: a gateway that is late has fewer messages to read and catches up. By itself
+gRPC would let it grow to megabytes of single steps."""
+
 # A dead host on a silent link is noticed within time + timeout. A dead process needs none of
 # this: its sockets close.
 _KEEPALIVE: Options = [
@@ -18,6 +23,8 @@ LINK_OPTIONS: Options = [
     ("grpc.max_send_message_length", _UNLIMITED),
     ("grpc.max_receive_message_length", _UNLIMITED),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _ON_THE_WAY_BYTES),
 ]
 """For the gateway's channel to a worker: both ends are ours, prompts were limited before."""
 

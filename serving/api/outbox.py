@@ -4,14 +4,19 @@ import asyncio
 import logging
 from collections import deque
 
+_MOST = 64
+"""Messages of a batch: steps of several hundred requests have some 10 KiB each, prompts more."""
+
 _log = logging.getLogger(__name__)
 
 
 class Outbox[Message]:
     """A queue between a core's shell, which must not wait, and a stream, which may be slow.
 
-    When more than `capacity` messages wait, the peer reads too slowly to be of use: the outbox
-    breaks, and its link with it. Both cores know how to go on after a broken link.
+    Iterate over it for batches of all that waits, up to `_MOST` messages: a stream that comes for
+    them seldom, because either end is busy, gets the more each time. When more than `capacity`
+    messages wait, the peer reads too slowly to be of use: the outbox breaks, and its link with it.
+    Both cores know how to go on after a broken link.
     """
 
     def __init__(self, peer: str, capacity: int = 4096) -> None:
@@ -43,10 +48,11 @@ class Outbox[Message]:
     def __aiter__(self) -> "Outbox[Message]":
         return self
 
-    async def __anext__(self) -> Message:
+    async def __anext__(self) -> list[Message]:
         while not self._waiting:
             if self._closed:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
-        return self._waiting.popleft()
+        waiting = self._waiting
+        return [waiting.popleft() for _ in range(min(len(waiting), _MOST))]

@@ -6,17 +6,16 @@ lost on the way except `EngineRequest.deadline`, which means something on the se
 """
 
 from serving.api.proto import lumen_internal_v1_pb2 as pb
+from serving.api.wire_outputs import outputs_from_pb, outputs_to_pb
 from serving.api.wire_payloads import (
     hello_from_pb,
     hello_to_pb,
     load_from_pb,
     load_to_pb,
-    output_from_pb,
-    output_to_pb,
     submit_from_pb,
     submit_to_pb,
-    unknown_content,
 )
+from serving.api.wire_words import unknown_content
 from serving.cluster.messages import (
     AbortRequest,
     FetchOutput,
@@ -113,14 +112,7 @@ def to_gateway_to_pb(message: ToGateway) -> pb.ToGateway:
                 )
             )
         case StepOutputs():
-            return pb.ToGateway(
-                outputs=pb.StepOutputs(
-                    worker_id=message.worker_id,
-                    incarnation=message.incarnation,
-                    replica=message.replica,
-                    outputs=[output_to_pb(output) for output in message.outputs],
-                )
-            )
+            return pb.ToGateway(outputs=outputs_to_pb(message))
         case LoadReport():
             return pb.ToGateway(
                 load=pb.LoadReport(
@@ -150,13 +142,7 @@ def to_gateway_from_pb(message: pb.ToGateway) -> ToGateway:
                 unknown.worker_id, unknown.incarnation, unknown.request_id, unknown.attempt
             )
         case "outputs":
-            outputs = message.outputs
-            return StepOutputs(
-                outputs.worker_id,
-                outputs.incarnation,
-                outputs.replica,
-                tuple(output_from_pb(output) for output in outputs.outputs),
-            )
+            return outputs_from_pb(message.outputs)
         case "load":
             load = message.load
             return LoadReport(

@@ -3,49 +3,16 @@
 See `serving.api.wire`, which puts them together.
 """
 
-from collections.abc import Mapping
-
 from serving.api.proto import lumen_internal_v1_pb2 as pb
+from serving.api.wire_words import known
 from serving.cluster.messages import ReplicaInfo, SubmitRequest, WorkerHello
-from serving.engine.request import (
-    EngineRequest,
-    FinishReason,
-    Priority,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-)
-from serving.errors import InvalidRequestError
+from serving.engine.request import EngineRequest, Priority, SamplingParams
 from serving.policy.snapshot import ReplicaLoad
 
-_FINISH_TO_PB = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-    FinishReason.FAILED: pb.FINISH_REASON_FAILED,
-    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
-}
-_FINISH_FROM_PB: dict[int, FinishReason | None] = {
-    pb.FINISH_REASON_NONE: None,
-    **{number: reason for reason, number in _FINISH_TO_PB.items()},
-}
 _PRIORITY_TO_PB = {Priority.HIGH: pb.PRIORITY_HIGH, Priority.LOW: pb.PRIORITY_LOW}
 _PRIORITY_FROM_PB: dict[int, Priority] = {
     number: priority for priority, number in _PRIORITY_TO_PB.items()
 }
-
-
-def unknown_content(what: str) -> InvalidRequestError:
-    """The error for what this version has no word for."""
-    return InvalidRequestError(
-        f"a {what} says something unknown here; run gateway and worker of one version"
-    )
-
-
-def _known[T](table: Mapping[int, T], number: int, what: str) -> T:
-    if number not in table:
-        raise unknown_content(what)
-    return table[number]
 
 
 def submit_to_pb(message: SubmitRequest) -> pb.SubmitRequest:
@@ -98,7 +65,7 @@ def submit_from_pb(message: pb.SubmitRequest) -> SubmitRequest:
                 ignore_eos=sampling.ignore_eos,
             ),
             emitted=tuple(message.emitted),
-            priority=_known(_PRIORITY_FROM_PB, message.priority, "priority"),
+            priority=known(_PRIORITY_FROM_PB, message.priority, "priority"),
         ),
         deadline_in_s=message.deadline_in_s if message.HasField("deadline_in_s") else None,
     )
@@ -145,46 +112,6 @@ def hello_from_pb(message: pb.WorkerHello) -> WorkerHello:
             )
             for info in message.replicas
         ),
-    )
-
-
-def output_to_pb(output: RequestOutput) -> pb.RequestOutput:
-    """A run of tokens of one request, and its end."""
-    return pb.RequestOutput(
-        request_id=output.request_id,
-        attempt=output.attempt,
-        start_index=output.start_index,
-        tokens=output.tokens,
-        logprobs=[
-            pb.TokenLogprobs(
-                logprob=entry.logprob,
-                top_ids=[token for token, _ in entry.top],
-                top_logprobs=[logprob for _, logprob in entry.top],
-            )
-            for entry in output.logprobs
-        ],
-        finish=pb.FINISH_REASON_NONE if output.finish is None else _FINISH_TO_PB[output.finish],
-        detail=output.detail,
-        cached_tokens=output.cached_tokens,
-        retriable=output.retriable,
-    )
-
-
-def output_from_pb(output: pb.RequestOutput) -> RequestOutput:
-    """Raises InvalidRequestError for a finish reason unknown here."""
-    return RequestOutput(
-        request_id=output.request_id,
-        attempt=output.attempt,
-        start_index=output.start_index,
-        tokens=tuple(output.tokens),
-        logprobs=tuple(
-            TokenLogprobs(entry.logprob, tuple(zip(entry.top_ids, entry.top_logprobs, strict=True)))
-            for entry in output.logprobs
-        ),
-        finish=_known(_FINISH_FROM_PB, output.finish, "finish reason"),
-        detail=output.detail,
-        cached_tokens=output.cached_tokens,
-        retriable=output.retriable,
     )
 
 

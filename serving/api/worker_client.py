@@ -67,13 +67,14 @@ class WorkerClient:
             link: int | None = None
             try:
                 async with asyncio.timeout(self._backoff.connect_s):
-                    message = await call.read()
-                while isinstance(message, pb.ToGateway):  # else the end of the stream
+                    batch = await call.read()
+                while isinstance(batch, pb.GatewayBatch):  # else the end of the stream
                     if link is None:
                         link = self._shell.worker_connected(outbox.put)
                         _log.info("connected to the worker at %s", self.address)
-                    self._shell.worker_message(link, wire.to_gateway_from_pb(message))
-                    message = await call.read()
+                    for message in batch.messages:
+                        self._shell.worker_message(link, wire.to_gateway_from_pb(message))
+                    batch = await call.read()
             except (TimeoutError, grpc.aio.AioRpcError, LumenError) as error:
                 self._say_lost(link, _sentence(error))
             except asyncio.CancelledError:
@@ -98,8 +99,8 @@ class WorkerClient:
 
     async def _write(self, call: Any, outbox: Outbox[ToWorker]) -> None:
         try:
-            async for message in outbox:
-                await call.write(wire.to_worker_to_pb(message))
+            async for messages in outbox:
+                await call.write(pb.WorkerBatch(messages=map(wire.to_worker_to_pb, messages)))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             _log.debug("cannot write to the worker at %s: %s", self.address, _sentence(error))
         finally:

@@ -24,14 +24,15 @@ class WorkerLinkService(pb_grpc.WorkerLinkServicer):
     def __init__(self, shell: WorkerShell) -> None:
         self._shell = shell
 
-    async def Connect(self, request_iterator: AsyncIterator[pb.ToWorker], context: Any) -> None:
+    async def Connect(self, request_iterator: AsyncIterator[pb.WorkerBatch], context: Any) -> None:
         """Exchange messages until either side goes away; a lost link is told to the core."""
         outbox: Outbox[ToGateway] = Outbox(f"gateway at {context.peer()}")
         link = self._shell.gateway_connected(outbox.put)
         reader = asyncio.create_task(self._read(request_iterator, link, outbox))
         try:
-            async for message in outbox:
-                await context.write(wire.to_gateway_to_pb(message))
+            async for messages in outbox:
+                batch = pb.GatewayBatch(messages=map(wire.to_gateway_to_pb, messages))
+                await context.write(batch)
             said_goodbye = reader.done() and not reader.cancelled() and reader.result()
         finally:
             self._shell.gateway_lost(link)
@@ -40,12 +41,13 @@ class WorkerLinkService(pb_grpc.WorkerLinkServicer):
             await context.abort(grpc.StatusCode.ABORTED, "the worker broke the link; connect again")
 
     async def _read(
-        self, requests: AsyncIterator[pb.ToWorker], link: int, outbox: Outbox[ToGateway]
+        self, requests: AsyncIterator[pb.WorkerBatch], link: int, outbox: Outbox[ToGateway]
     ) -> bool:
         """Hand on what comes; then end the call. Whether the gateway ended it in good order."""
         try:
-            async for message in requests:
-                self._shell.gateway_message(link, wire.to_worker_from_pb(message))
+            async for batch in requests:
+                for message in batch.messages:
+                    self._shell.gateway_message(link, wire.to_worker_from_pb(message))
             return True
         except (grpc.RpcError, grpc.aio.BaseError) as error:
             _log.info("the link from a gateway ended: %s", error)

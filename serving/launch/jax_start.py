@@ -4,6 +4,7 @@ import os
 
 import jax
 
+from serving.engine.device import compile_children
 from serving.errors import ConfigurationError
 from serving.launch.config import ServeConfig
 from serving.launch.gpu_memory import claim_for_jax
@@ -27,6 +28,8 @@ def start_jax(config: ServeConfig) -> list[list[jax.Device]]:
         jax.config.update("jax_platforms", _PLATFORMS[settings.platform])
     if settings.platform in ("auto", "gpu"):
         claim_for_jax(config.batching.memory_fraction, os.environ)
+        if width == 1:
+            compile_children.prepare()
     try:
         devices = jax.devices()
     except RuntimeError as error:

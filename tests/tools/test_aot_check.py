@@ -48,7 +48,7 @@ def test_what_fits_says_so_in_a_table_and_a_file(folder: Path, tmp_path: Path) -
     assert result.returncode == 0, result.stderr
     out = result.stdout
     for words in ("v5e:1x1", "KV tokens", "decode_unit 1", "decode_unit 2", "prefill_unit 16",
-                  "head 2 complete", "zero_arena"):  # fmt: skip
+                  "head 2", "logits 2", "draw 2 complete", "zero_arena"):  # fmt: skip
         assert words in out
     assert (
         "Fits: small-llama (bfloat16), tensor parallel 1, on v5e:1x1: 1 replica of 1,048,576" in out

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lumen.errors import LumenError
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.program_shapes import WHOLE
-from serving.engine.device.programs import HeadKind, ProgramBuilder
+from serving.engine.device.programs import ProgramBuilder
 from tools.aot.deployment import DoesNotFitError, Plan, argument_bytes, gib
 from tools.aot.hlo_checks import (
     arena_problems,
@@ -180,6 +181,7 @@ def _lasting_bytes(plan: Plan, kind: str) -> int:
         "prefill_embed": weights.embedding,
         "mixed_embed": weights.embedding,
         "head": weights.head,
+        "logits": weights.head,
         "zero_arena": plan.arena_bytes,
     }.get(kind, 0)
 
@@ -188,7 +190,8 @@ def _problems(plan: Plan, key: ProgramKey, compiled: jax.stages.Compiled) -> tup
     kind, *bucket = key
     shapes = plan.shapes
     found: list[str] = []
-    modules = {"head": shapes.defs.head, **dict.fromkeys(_UNITS, shapes.defs.unit)}
+    heads = dict.fromkeys(("head", "logits"), shapes.defs.head)
+    modules = {**heads, **dict.fromkeys(_UNITS, shapes.defs.unit)}
     if kind in _UNITS:
         found += arena_problems(compiled, [per_device(one) for one in shapes.arena()])
     if kind in modules:

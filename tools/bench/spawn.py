@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _READY = re.compile(
     r"Lumen is ready: (?P<model>\S+) at (?P<http>\S+)/v1 \(OpenAI\) and (?P<grpc>\S+) \(gRPC\)"
@@ -44,6 +45,33 @@ def running_server(
                 process.wait(timeout=_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process: its number, and its command line."""
+
+    pid: int
+    words: tuple[str, ...]
+
+    def flag(self, name: str) -> str:
+        """The value of --name=value. Raises RuntimeError if it was not given."""
+        for word in self.words:
+            if word.startswith(f"--{name}="):
+                return word.partition("=")[2]
+        raise RuntimeError(f"Process {self.pid} was not given --{name}.")
+
+
+def child_running(pid: int, module: str) -> Child:
+    """The child of a process that runs this module. Raises RuntimeError if there is none."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may end meanwhile
+            # The name before the closing bracket may hold anything; then state and parent follow.
+            parent = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            words = (folder / "cmdline").read_text(encoding="utf-8").split("\0")
+            if int(parent) == pid and module in words:
+                return Child(int(folder.name), tuple(words))
+    raise RuntimeError(f"Process {pid} has no child that runs {module}.")
 
 
 def _await_ready(process: subprocess.Popen[str]) -> Server:

@@ -24,19 +24,24 @@ _CALL = "custom_call @mosaic_gpu"
 
 
 def kernels(
-    config: ModelConfig, dtype: Any, block_size: int, target: Target, platform: str
+    config: ModelConfig,
+    dtype: Any,
+    block_size: int,
+    target: Target,
+    platform: str,
+    devices: int = 1,
 ) -> dict[str, dict[str, int]]:
     """Of a decode and a prefill unit: the functions that call a kernel, and how many calls.
 
-    platform: to lower for, as JAX names it, whatever devices are here. Layers of a program share
-    kernels, so these are not launches.
+    platform: to lower for, as JAX names it, whatever devices are here. devices: that share a layer.
+    Layers of a program share kernels, so these are not launches.
     """
-    heads = HeadLayout(config.num_heads, config.num_kv_heads, 1)
+    heads = HeadLayout(config.num_heads, config.num_kv_heads, devices)
     layout = ArenaLayout(
         _BLOCKS, config.num_layers * heads.kv_per_device, heads.kv_per_device, block_size,
         slot_shape(block_size, config.head_dim, target), jnp.dtype(dtype),
     )  # fmt: skip
-    mesh = Mesh(np.array(jax.devices()[:1]), (TENSOR_AXIS,))
+    mesh = Mesh(np.array(jax.devices()[:devices]), (TENSOR_AXIS,))
     shapes = ProgramShapes(
         config, model_defs(config, heads, jnp.dtype(dtype)), mesh, jnp.dtype(dtype), layout, _ROWS,
         _BLOCKS, 1,

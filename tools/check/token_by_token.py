@@ -46,13 +46,15 @@ class TokenCheck:
 
 
 def check(
-    config: ModelConfig, name: str, decode_steps: Sequence[int], cache_dir: Path | None
+    config: ModelConfig,
+    name: str,
+    decode_steps: Sequence[int],
+    cache_dir: Path | None,
+    devices: Sequence[jax.Device],
 ) -> dict[int, TokenCheck]:
     """Generate greedily, with each of these numbers of decode steps per plan, and compare."""
     source = RandomWeights(config, name)
-    executor = build_device_executor(
-        source, jax.devices()[:1], executor_config(SETTINGS, cache_dir), None
-    )
+    executor = build_device_executor(source, devices, executor_config(SETTINGS, cache_dir), None)
     random = np.random.default_rng(3)
     jobs = [
         Job(tuple(random.integers(0, config.vocab_size, length).tolist()), _OUTPUT_TOKENS)

@@ -25,12 +25,18 @@ def add_rms_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """hidden = residual + x, rounded to their dtype, and its norm: both [rows, n].
 
-    x and residual [rows, n] of one dtype, weight float32 [n]. The norm is computed in float32 and
-    rounded once: hidden / sqrt(mean(hidden ** 2) + eps) * weight. Raises KernelArgumentError.
+    x and residual [rows, n] of one dtype; or x float32 [parts, rows, n], what a product cut along
+    its depth leaves to be added up. weight float32 [n]. The norm is computed in float32 and rounded
+    once: hidden / sqrt(mean(hidden ** 2) + eps) * weight. Raises KernelArgumentError.
     """
     _check("add_rms_norm", "residual", residual, weight)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        problem = f"must be like residual, {_described(residual)}; it is {_described(x)}."
+    whole = x.shape == residual.shape and x.dtype == residual.dtype
+    in_parts = x.ndim == 3 and x.shape[1:] == residual.shape and x.dtype == jnp.float32
+    if not whole and not (in_parts and x.shape[0]):
+        problem = (
+            f"must be like residual, {_described(residual)}, or float32 [parts, rows, n]; "
+            f"it is {_described(x)}."
+        )
         raise KernelArgumentError("add_rms_norm", "x", problem)
     if not _has_kernel(residual, target):
         return xla.add_rms_norm(x, residual, weight, eps)

@@ -44,7 +44,8 @@ def run(
 ) -> list[jax.Array]:
     """Hidden states residual + x [rows, width] and their norm; without x, the norm of residual.
 
-    bfloat16, weight float32 [width]. zero: last, an int32 [1] of 0.
+    bfloat16, or x float32 [parts, rows, width], to be added up; weight float32 [width]. zero: last,
+    an int32 [1] of 0.
     """
     rows, width = residual.shape
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, _VECTOR))
@@ -63,8 +64,10 @@ def run(
         factors = plgpu.load(refs["weight"], layout=layout)
         hidden = plgpu.load(refs["residual"].at[row], layout=layout)
         if x is not None:
-            added = plgpu.load(refs["x"].at[row], layout=layout)
-            hidden = (hidden.astype(jnp.float32) + added.astype(jnp.float32)).astype(hidden.dtype)
+            places = [(row,)] if x.ndim == 2 else [(part, row) for part in range(x.shape[0])]
+            added = [plgpu.load(refs["x"].at[place], layout=layout) for place in places]
+            wide = [one.astype(jnp.float32) for one in (*added, hidden)]
+            hidden = sum(wide[1:], wide[0]).astype(hidden.dtype)
             refs["hidden"].at[row][...] = hidden
         if zero:
 
@@ -72,9 +75,9 @@ def run(
             def _() -> None:
                 refs["zero"][0] = jnp.int32(0)
 
-        wide = hidden.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.sum(wide * wide) / width + eps)
-        refs["normed"].at[row][...] = (wide * scale * factors).astype(hidden.dtype)
+        rounded = hidden.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.sum(rounded * rounded) / width + eps)
+        refs["normed"].at[row][...] = (rounded * scale * factors).astype(hidden.dtype)
 
     kernel = plgpu.kernel(
         body,

@@ -16,5 +16,8 @@ def add_rms_norm(
     x: jax.Array, residual: jax.Array, weight: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """See `lumen_kernels.add_norm.add_rms_norm`."""
-    hidden = residual + x
+    if x.ndim == 3:
+        hidden = (residual.astype(jnp.float32) + jnp.sum(x, axis=0)).astype(residual.dtype)
+    else:
+        hidden = residual + x
     return hidden, rms_norm(hidden, weight, eps)

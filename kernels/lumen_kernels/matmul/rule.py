@@ -32,6 +32,28 @@ differed by up to 5 %:
 In an earlier run, in stretches of 25 ms, the same cut gained 2 % with 512 rows and lost 1 % with
 4,096. Everything between two attentions, with this cut of gate_up, gained 2 % with 1,024 rows.
 
+Gated products between those, in turns with XLA's product and pass on another H200, medians of three
+turns: 102 us and XLA's 95 with 192 rows, which the kernel takes for 256; 148 and 163 with 384. Of
+320 and 448 rows tiles of many rows would leave too much of the chip idle.
+
+Long products whose parts the norm behind them adds up, microseconds of down with its norm, XLA's
+product either way, medians of two or three turns on two H200s; one of our own for parts, cut in
+clusters or not, was never faster:
+
+| rows of x | whole | two parts | four |
+|---|---|---|---|
+| 96 | 38.2 | 38.3 | |
+| 128 | 45.4 | 41.0 | 43.6 |
+| 192 | 52.6 | 47.6 | |
+| 256 | 60.9 | 57.6 | 64.6 |
+| 320 | 70.3 | 69.3 | |
+| 384, 512 | 80.7, 97.2 | 81.2, 101.7 | |
+
+o, with 128 and 256 rows, gained nothing in two parts and lost in four.
+
+Of clusters of four blocks 30 fit on a chip, 120 of its 132 cores, and of eight 15, as the driver
+says of an H200. Cut for 32 of them, products took 1.2 to 1.7 times as long as in pairs.
+
 Plain products of many rows stay with XLA: no cut of qkv, o or down gained more than 1.5 % in both
 runs. Clusters of four blocks took twice as long as XLA.
 """
@@ -63,8 +85,19 @@ _LONGEST = 1 << 16
 _WIDE = 128
 """Rows of w per core from which tiles can be wide and blocks still have one or more each."""
 
-_MANY = 512
+_WIDE_GATED = 96
+"""The same of gated products of few rows, which XLA makes in two passes. Between this and `_WIDE`
+none was measured: a quarter of Llama-3.1-70B's has 7,168 columns, 128 tiles of 56. Half of it, with
+twice as many tiles, streamed at 4.26 TB/s with 32 rows."""
+
+_MANY = 384
 """Rows of x from which a gated product is cut for multiplying rather than for streaming w."""
+
+_TOO_FEW = 192
+"""Rows of x up to which a cut for 256 rows multiplies too many that are not there."""
+
+_PARTED = (96, 256)
+"""Rows of x between which a long product is best made in two parts."""
 
 _BUSY = 0.9
 """Share of the chip that tiles of many rows have to keep busy. All cuts measured had 0.97."""
@@ -153,7 +186,7 @@ def tiling(
             return fitted(_tile(n, cores, 64), 256, staggered=True)
         if 32 < m <= 64:
             return fitted(_tile(n, cores, 112), 128)
-        if 128 < m <= 256:
+        if _TOO_FEW < m <= 256:
             return fitted(_tile(n, cores, 224, blocks=2), 64, row_blocks=2, staggered=True)
         return None
     if n < 24 * cores or not 16 < m <= 256:
@@ -173,7 +206,7 @@ def tiling(
 def gated_tiling(m: int, w_shape: tuple[int, ...], dtype: Any, target: Target) -> Tiling | None:
     """The cut of the gated product of x [m, K] and w [2 * I, K]; None where XLA makes it."""
     n, k = w_shape
-    if not _streams(n, k, dtype, target) or n % 16 or n < _WIDE * target.cores:
+    if not _streams(n, k, dtype, target) or n % 16 or n < _WIDE_GATED * target.cores:
         return None
     cores, width = target.cores, n // 2
     fitted = functools.partial(
@@ -183,7 +216,7 @@ def gated_tiling(m: int, w_shape: tuple[int, ...], dtype: Any, target: Target) -
         return fitted(2 * _tile(width, cores, 56), 128)
     if 64 < m <= 128:
         return fitted(2 * _tile(width, cores, 112), 64, sharing=2)
-    if 128 < m <= 256:
+    if _TOO_FEW < m <= 256:
         return fitted(2 * _tile(width, cores, 56), 64, sharing=2, rows=128, staggered=True)
     return None
 
@@ -193,20 +226,32 @@ def gated_blocking(m: int, w_shape: tuple[int, ...], dtype: Any, target: Target)
     n, k = w_shape
     if not _streams(n, k, dtype, target) or n % 32 or n < _WIDE * target.cores:
         return None
-    if m < _MANY or m % 128:
+    if m < _MANY or (m % 256 and m != _MANY):
         return None
-    pairs, width = target.cores // 2, n // 2
+    width = n // 2
+    # One tile of 256 rows and one of 128, which nobody shares w with, would not be alike.
+    row_blocks = 1 if m % 256 else 2
+    clusters, rows = target.cores // row_blocks, 128 * row_blocks
 
     def busy(tile_n: int) -> float:
-        tiles = -(-m // 256) * -(-2 * width // tile_n)
-        return m * n / (-(-tiles // pairs) * pairs * 256 * tile_n)
+        tiles = -(-m // rows) * -(-2 * width // tile_n)
+        return m * n / (-(-tiles // clusters) * clusters * rows * tile_n)
 
     wide, narrow = 256, 224
     tile_n = narrow if busy(narrow) > busy(wide) + 0.02 else wide
     if busy(tile_n) < _BUSY:
         return None
     stored = math.gcd(tile_n // 2, 64)
-    return Blocking(tile_n, pairs, stored, slots=min(128 // stored, 4), row_blocks=2)
+    return Blocking(tile_n, clusters, stored, slots=min(128 // stored, 4), row_blocks=row_blocks)
+
+
+def parts(m: int, w_shape: tuple[int, ...], dtype: Any, target: Target) -> int:
+    """In how many parts along K the product of x [m, K] and w [N, K] is best made, for someone to
+    add up who reads it anyway."""
+    n, k = w_shape
+    fewest, most = _PARTED
+    long = k > _LONG and _streams(n, k, dtype, target)
+    return 2 if long and fewest < m <= most else 1
 
 
 def _streams(n: int, k: int, dtype: Any, target: Target) -> bool:

@@ -29,6 +29,18 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_FAILED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
 
+class WorkerBatch(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ToWorker]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ToWorker, _Mapping]]] = ...) -> None: ...
+
+class GatewayBatch(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ToGateway]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ToGateway, _Mapping]]] = ...) -> None: ...
+
 class ToWorker(_message.Message):
     __slots__ = ("submit", "abort", "fetch", "heartbeat")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
@@ -205,39 +217,43 @@ class TokenLogprobs(_message.Message):
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
-class RequestOutput(_message.Message):
-    __slots__ = ("request_id", "attempt", "start_index", "tokens", "logprobs", "finish", "detail", "cached_tokens", "retriable")
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    START_INDEX_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
+class OutputDetails(_message.Message):
+    __slots__ = ("output", "logprobs", "finish", "detail", "retriable")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RETRIABLE_FIELD_NUMBER: _ClassVar[int]
-    request_id: str
-    attempt: int
-    start_index: int
-    tokens: _containers.RepeatedScalarFieldContainer[int]
+    output: int
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     finish: FinishReason
     detail: str
-    cached_tokens: int
     retriable: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., start_index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., retriable: _Optional[bool] = ...) -> None: ...
+    def __init__(self, output: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., detail: _Optional[str] = ..., retriable: _Optional[bool] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "replica", "outputs")
+    __slots__ = ("worker_id", "incarnation", "replica", "request_ids", "attempts", "start_indices", "token_counts", "cached_tokens", "tokens", "details")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     REPLICA_FIELD_NUMBER: _ClassVar[int]
-    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    START_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     replica: int
-    outputs: _containers.RepeatedCompositeFieldContainer[RequestOutput]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., replica: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ...) -> None: ...
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    start_indices: _containers.RepeatedScalarFieldContainer[int]
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    details: _containers.RepeatedCompositeFieldContainer[OutputDetails]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., replica: _Optional[int] = ..., request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., start_indices: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ..., details: _Optional[_Iterable[_Union[OutputDetails, _Mapping]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("replica", "running", "waiting", "waiting_tokens", "total_blocks", "free_blocks", "cached_blocks", "block_size", "steps", "healthy", "draining")

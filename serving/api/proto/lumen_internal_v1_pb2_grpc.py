@@ -36,8 +36,8 @@ class WorkerLinkStub:
         """
         self.Connect = channel.stream_stream(
                 '/lumen.internal.v1.WorkerLink/Connect',
-                request_serializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToWorker.SerializeToString,
-                response_deserializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToGateway.FromString,
+                request_serializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.WorkerBatch.SerializeToString,
+                response_deserializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.GatewayBatch.FromString,
                 _registered_method=True)
 
 
@@ -55,8 +55,8 @@ def add_WorkerLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToWorker.FromString,
-                    response_serializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToGateway.SerializeToString,
+                    request_deserializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.WorkerBatch.FromString,
+                    response_serializer=serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.GatewayBatch.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -84,8 +84,8 @@ class WorkerLink:
             request_iterator,
             target,
             '/lumen.internal.v1.WorkerLink/Connect',
-            serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToWorker.SerializeToString,
-            serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.ToGateway.FromString,
+            serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.WorkerBatch.SerializeToString,
+            serving_dot_api_dot_proto_dot_lumen__internal__v1__pb2.GatewayBatch.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from lumen_kernels.reduce_norm.mailbox import mailboxes_between
 from lumen_kernels.target import Target
 
 from lumen.config import ModelConfig
@@ -68,6 +69,7 @@ def build_device_executor(
             progress(done, total, name + LOADED if loaded else name)
 
     with jax_cache(config.cache_dir, devices), contextlib.ExitStack() as ends:
+        ends.callback(compile_children.dismiss)
         making = _early(source, mesh, config)
         if making is not None:
             ends.callback(making.close)
@@ -165,6 +167,7 @@ def _shapes(
     return ProgramShapes(
         model, defs, mesh, jnp.dtype(config.dtype), layout, config.num_rows,
         -(-config.max_model_len // config.block_size), _max_logprobs(model, config),
+        mailboxes_between(list(mesh.devices.flat), model.hidden_size),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
+from lumen_kernels import quick_lowering
 
 from serving.engine.device.compile_recipe import Answer, Recipe
 from serving.engine.device.compiler_options import compiler_options
@@ -27,6 +28,7 @@ from serving.engine.device.programs import ProgramBuilder
 
 def main(fds: Sequence[int]) -> None:
     """Become a process for each of the sockets."""
+    quick_lowering.install()
     mine = next((fd for fd in fds[1:] if os.fork() == 0), fds[0])
     for fd in fds:
         if fd != mine:
@@ -62,11 +64,16 @@ def _maker(recipe: Recipe) -> Callable[[Key], bytes]:
     if recipe.topology is None:
         jax.config.update("jax_num_cpu_devices", max(recipe.device_ids) + 1)
     shapes = recipe.shapes()
-    options = compiler_options(shapes.mesh.devices.flat[0].platform)
+    options = compiler_options(shapes.mesh.devices.flat[0].platform, one_core=True)
     lowerings = ProgramBuilder(shapes, recipe.target).lowerings(
         recipe.decode_buckets, dict(recipe.chunk_buckets), recipe.mixed_sizes
     )
-    return lambda key: packed_executable(lowerings[key]().compile(compiler_options=options))
+    devices = list(shapes.mesh.devices.flat)
+
+    def make(key: Key) -> bytes:
+        return packed_executable(lowerings[key]().compile(compiler_options=options), devices)
+
+    return make
 
 
 if __name__ == "__main__":

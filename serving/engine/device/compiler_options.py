@@ -12,7 +12,15 @@ _GPU: dict[str, Any] = {
     "xla_disable_hlo_passes": "rematerialization",
 }
 
+_GPU_ON_ONE_CORE: dict[str, Any] = {
+    # Kernels one after another: threads for them cost a process that has one core 8 % more.
+    "xla_gpu_force_compilation_parallelism": 1,
+}
 
-def compiler_options(platform: str) -> dict[str, Any]:
-    """For `jax.stages.Lowered.compile`. platform: as JAX names that of the devices."""
-    return _GPU if platform == "gpu" else {}
+
+def compiler_options(platform: str, *, one_core: bool = False) -> dict[str, Any]:
+    """For `jax.stages.Lowered.compile`. platform: as JAX names that of the devices; one_core: of a
+    process that others compile beside. What is compiled is the same."""
+    if platform != "gpu":
+        return {}
+    return {**_GPU, **_GPU_ON_ONE_CORE} if one_core else _GPU

@@ -9,6 +9,10 @@ from serving.errors import ConfigurationError
 
 _SMALLEST_PREFILL_BUCKET = 16
 
+_MANY_ROWS = 64
+"""Replicas of so many rows have no programs for 2 and for 4: on an H200, 8 rows of an 8B model take
+8 % longer than one, and programs of few rows take longest to compile."""
+
 _MIXED_CALLS = ((256, 64), (512, 64), (512, 128), (1024, 128), (1024, 256))
 """Where an 8B model on an H200 gains most: of longer calls the weights are a small part."""
 
@@ -27,6 +31,8 @@ class DeviceExecutorConfig:
     num_blocks, arena_bytes (per device): size of the KV arena, at most one of them; neither: what
     `memory_fraction` of an accelerator's memory leaves beside the weights; on a CPU enough for
     every row at full length, within 1 GiB unless a single request needs more.
+    batch_sizes: that decode programs are compiled for, ascending, the last one num_rows; None: as
+    many as pay, see `decode_buckets`.
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV.
     max_logprobs: most alternatives reported per token.
     droppable_units: numbers of units whose weights lie in one piece of a device's memory, so that
@@ -46,6 +52,7 @@ class DeviceExecutorConfig:
     max_prefills: int = 16
     prefill_buckets: tuple[int, ...] | None = None
     mixed_calls: tuple[tuple[int, int], ...] = ()
+    batch_sizes: tuple[int, ...] | None = None
     dtype: str = "float32"
     max_logprobs: int = 20
     droppable_units: tuple[int, ...] = ()
@@ -71,17 +78,8 @@ class DeviceExecutorConfig:
                 f"memory_fraction is {self.memory_fraction}; it must be a share of the device's "
                 "memory, more than 0 and at most 1."
             )
-        buckets = self.prefill_buckets
-        if buckets is not None and (
-            not buckets
-            or buckets[0] < 1
-            or list(buckets) != sorted(set(buckets))
-            or buckets[-1] != self.max_prefill_tokens
-        ):
-            raise ConfigurationError(
-                f"prefill_buckets is {buckets}; it must be ascending and end with "
-                f"max_prefill_tokens ({self.max_prefill_tokens})."
-            )
+        self._check_sizes("prefill_buckets", "max_prefill_tokens")
+        self._check_sizes("batch_sizes", "num_rows")
         for tokens, rows in self.mixed_calls:
             if rows not in self.decode_buckets or tokens <= rows:
                 raise ConfigurationError(
@@ -89,14 +87,26 @@ class DeviceExecutorConfig:
                     f"one of {self.decode_buckets}, and tokens more than them."
                 )
 
+    def _check_sizes(self, name: str, largest: str) -> None:
+        sizes, last = getattr(self, name), getattr(self, largest)
+        if sizes is None:
+            return
+        if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)) or sizes[-1] != last:
+            raise ConfigurationError(
+                f"{name} is {sizes}; it must be ascending and end with {largest} ({last})."
+            )
+
     @property
     def decode_buckets(self) -> tuple[int, ...]:
         """Batch sizes that decode programs are compiled for, ascending.
 
         Up to 32 rows a step takes as long as its weights take to stream, so sizes double; past
         that every row costs, and so does padding: there are two, then four sizes per doubling.
+        Large replicas leave out the smallest.
         """
-        sizes = [1]
+        if self.batch_sizes is not None:
+            return self.batch_sizes
+        sizes = [1] if self.num_rows < _MANY_ROWS else [1, 8]
         while sizes[-1] < self.num_rows:
             sizes.append(sizes[-1] + _step_after(sizes[-1]))
         return (*sizes[:-1], self.num_rows)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from serving.engine.device.programs import HeadKind
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.rows import RowState
 from serving.engine.plan import Int32
 

@@ -10,11 +10,10 @@ from lumen_kernels.paged_attention.options import Arena
 from lumen_kernels.target import Target
 
 from serving.engine.device.mixed_call import MixedArrays, mixed_arrays, mixed_length
-from serving.engine.device.program_shapes import ARENA, WHOLE, ProgramShapes
+from serving.engine.device.program_shapes import ARENA, WHOLE, Place, ProgramShapes
 from serving.engine.device.step_attention import (
     LastTokens,
     MixedContext,
-    Offsets,
     Schedule,
     Step,
     StepAttention,
@@ -90,7 +89,8 @@ class MixedPrograms:
 
     def unit(self, size: MixedSize) -> Description:
         """The layers of one unit."""
-        attention, unit = self._attention, self._shapes.defs.unit
+        shapes, attention = self._shapes, self._attention
+        unit = shapes.defs.unit
 
         def mixed_unit(
             weights: Sequence[jax.Array],
@@ -100,13 +100,13 @@ class MixedPrograms:
             step: Step,
             decode_schedule: Schedule,
             prefill_schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
             attend = attention.mixed_attend(
-                step, decode_schedule, prefill_schedule, context, offsets
+                step, decode_schedule, prefill_schedule, context, place.offsets
             )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -114,7 +114,8 @@ class MixedPrograms:
 
     def last(self, size: MixedSize) -> Description:
         """The layers of the last unit, which ends with what something is sampled behind."""
-        attention, unit = self._attention, self._shapes.defs.unit
+        shapes, attention = self._shapes, self._attention
+        unit = shapes.defs.unit
 
         def mixed_last(
             weights: Sequence[jax.Array],
@@ -124,14 +125,14 @@ class MixedPrograms:
             step: Step,
             decode_schedule: Schedule,
             prefill_schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
             last: LastTokens,
         ) -> tuple[jax.Array, Arena]:
             attend = attention.mixed_attend(
-                step, decode_schedule, prefill_schedule, context, offsets, last
+                step, decode_schedule, prefill_schedule, context, place.offsets, last
             )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, last.places
+                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
             )
             return result
 
@@ -156,7 +157,7 @@ class MixedPrograms:
                 partial(attention.prefill_schedule, tokens=size.prompt_tokens),
                 shapes.int32(sequences), shapes.int32(sequences),
             ),
-            attention.offsets_shape(),
+            shapes.place(),
         )  # fmt: skip
 
     def _decode_schedule(self, size: MixedSize) -> Any:

@@ -8,12 +8,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm.mailbox import addresses, mailboxes
 
 from lumen.model import LoadedModel
 from serving.engine.device.compilation import Compiled
 from serving.engine.device.decode_batch import DecodeBatch, DecodeBatches
+from serving.engine.device.head_programs import HeadKind, draw_size_of
 from serving.engine.device.prefill_calls import CallSize, PrefillCall, most_sequences
-from serving.engine.device.programs import HeadKind, Programs
+from serving.engine.device.program_shapes import Place
+from serving.engine.device.programs import Programs
 from serving.engine.device.rows import RowState, mask_array
 from serving.engine.device.step_attention import LastTokens
 from serving.engine.executor import ExecutorLimits, MixedSize
@@ -25,7 +28,7 @@ Masks = dict[int, np.ndarray[tuple[int, ...], np.dtype[np.uint32]]]
 
 @dataclass(slots=True)
 class Sampled:
-    """One call of a head program: what it drew for `count` rows, on its way to the host.
+    """What a head program, or a draw, found for `count` rows, on its way to the host.
 
     after: (last tokens, lengths) on the device once this was drawn, to return to.
     """
@@ -58,8 +61,12 @@ class DevicePasses:
         self._limits = limits
         self._everywhere = NamedSharding(model.mesh, PartitionSpec())
         self.last_tokens = self._put(np.zeros(limits.num_rows, np.int32))
-        self._offsets = [
-            tuple(self._put(offset) for offset in _layer_offsets(model, unit))
+        mail: tuple[jax.Array, ...] = ()
+        if programs.mailboxes is not None:
+            self._mailboxes = mailboxes(programs.mailboxes, model.mesh)  # kept: kernels store there
+            mail = (addresses(programs.mailboxes, self._mailboxes),)
+        self._places = [
+            Place(tuple(self._put(offset) for offset in _layer_offsets(model, unit)), mail)
             for unit in range(len(model.units))
         ]
         self._decode_buckets = sorted(programs.decode_unit)
@@ -67,20 +74,36 @@ class DevicePasses:
             CallSize(tokens, most_sequences(tokens, limits.max_prefills, self._decode_buckets))
             for tokens in sorted(programs.prefill_unit)
         ]
+        self._draw_sizes = sorted({size for size, _ in programs.draw})
         self._no_masks = {
-            bucket: self._put(mask_array(NO_ROWS, bucket, {}, limits.vocab_size))
-            for bucket in self._decode_buckets
+            size: self._put(mask_array(NO_ROWS, size, {}, limits.vocab_size))
+            for size in self._draw_sizes
         }
         self._batches = DecodeBatches(self.rows, self._decode_buckets, self._put)
 
     def rehearse(self) -> None:
-        """See `DeviceExecutor.rehearse`."""
+        """See `DeviceExecutor.rehearse`.
+
+        Several devices wait for each program: while one is given new kernels, no other may be in a
+        kernel that waits for it, as loading may wait for what runs.
+        """
+        programs = self.programs
+        if self.model.mesh.size > 1:
+            self.programs = programs.awaited()
+        try:
+            self._rehearse()
+        finally:
+            self.programs = programs
+
+    def _rehearse(self) -> None:
         padding = self.rows.padding
         done: list[jax.Array] = []
         for bucket in self._decode_buckets:
             batch = self._batches.of(np.full(bucket, padding, np.int32))
             hidden = self._run_decode(batch)
-            done += (self._sample_batch(kind, batch, hidden, {}).tokens for kind in HeadKind)
+            # Each draw once, by the batch of its own size; logits of every size need one.
+            kinds = HeadKind if bucket in self._draw_sizes else (HeadKind.GREEDY, HeadKind.SAMPLED)
+            done += (self._sample_batch(kind, batch, hidden, {}).tokens for kind in kinds)
         for size in self.call_sizes:
             done += self._run_prefill(PrefillCall(size, ()))
         for mixed in self._limits.mixed_sizes:
@@ -131,9 +154,9 @@ class DevicePasses:
             self.model.embedding, self.last_tokens, batch.device_rows, batch.tables, batch.lengths
         )
         unit = programs.decode_unit[batch.bucket]
-        for weights, offsets in zip(self.model.units, self._offsets, strict=True):
+        for weights, place in zip(self.model.units, self._places, strict=True):
             hidden, self.arena = unit(
-                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, offsets
+                weights, hidden, self.arena, batch.tables, batch.lengths, step, schedule, place
             )
         return hidden
 
@@ -166,11 +189,11 @@ class DevicePasses:
         last: LastTokens,
     ) -> jax.Array:
         """All layers of a call with prompt tokens: the hidden states of its last tokens."""
-        *front, final = zip(self.model.units, self._offsets, strict=True)
-        for weights, offsets in front:
-            hidden, self.arena = unit(weights, hidden, self.arena, *context, offsets)
-        weights, offsets = final
-        hidden, self.arena = last_unit(weights, hidden, self.arena, *context, offsets, last)
+        *front, final = zip(self.model.units, self._places, strict=True)
+        for weights, place in front:
+            hidden, self.arena = unit(weights, hidden, self.arena, *context, place)
+        weights, place = final
+        hidden, self.arena = last_unit(weights, hidden, self.arena, *context, place, last)
         return hidden
 
     def _sample_batch(
@@ -207,19 +230,28 @@ class DevicePasses:
         sampling: jax.Array,
         masks: Masks,
     ) -> Sampled:
-        more: tuple[jax.Array, ...] = ()
-        if kind is not HeadKind.GREEDY:
-            more = (sampling,)
-        if kind is HeadKind.COMPLETE:
-            vocab_size = self._limits.vocab_size
-            more += (
-                self._put(mask_array(rows, bucket, masks, vocab_size))
-                if masks
-                else self._no_masks[bucket],
+        programs, weights = self.programs, self.model.head
+        logprobs: list[jax.Array] = []
+        if kind is HeadKind.GREEDY:
+            tokens, self.last_tokens, lengths = programs.head[bucket](
+                weights, hidden, self.last_tokens, device_rows, lengths
             )
-        tokens, self.last_tokens, lengths, *logprobs = self.programs.head[bucket, kind](
-            self.model.head, hidden, self.last_tokens, device_rows, lengths, *more
-        )
+        else:
+            size = draw_size_of(self._draw_sizes, bucket)
+            logits, drawn, lengths = programs.logits[bucket](
+                weights, hidden, device_rows, lengths, sampling
+            )
+            more: tuple[jax.Array, ...] = ()
+            if kind is HeadKind.COMPLETE:
+                vocab_size = self._limits.vocab_size
+                more = (
+                    self._put(mask_array(rows, size, masks, vocab_size))
+                    if masks
+                    else self._no_masks[size],
+                )
+            tokens, self.last_tokens, *logprobs = programs.draw[size, kind](
+                logits, drawn, self.last_tokens, *more
+            )
         for array in (tokens, *logprobs):
             array.copy_to_host_async()
         return Sampled(rows.size, tokens, tuple(logprobs), (self.last_tokens, lengths))

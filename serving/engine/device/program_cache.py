@@ -35,7 +35,7 @@ from serving.engine.device.program_signature import mismatch
 from serving.errors import ConfigurationError
 
 MAX_BYTES = 1 << 30
-"""Of all identities together. A replica of the 8B shape has 142 programs with configs/gpu.toml,
+"""Of all identities together. A replica of the 8B shape has 116 programs with configs/gpu.toml,
 most of them far smaller than the 1.4 MiB of a unit."""
 
 _FORMAT = b"lumen program 1"
@@ -48,7 +48,8 @@ _log = logging.getLogger(__name__)
 class ProgramCache:
     """The executables of one replica identity. Methods may be called from several threads.
 
-    devices: of the replica, in the order of its mesh; they are part of the identity.
+    devices: of the replica, in the order of its mesh; they are part of the identity, except for
+    which of several alike a single one is, where programs may move between them.
     """
 
     folder: Path
@@ -83,7 +84,7 @@ class ProgramCache:
     def store(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keep a program that was compiled here, not one that was loaded. Never raises."""
         try:
-            packed = packed_executable(compiled)
+            packed = packed_executable(compiled, self.devices)
         except Exception as error:  # serializing raises whatever it likes
             self._not_kept(name, error)
             return
@@ -114,12 +115,12 @@ def open_program_cache(
 ) -> ProgramCache | None:
     """The cache of one replica identity below `root`; None if its devices cannot have one.
 
-    To be called, like `store`, while JAX's own cache is off. Identities not used for longest are
-    removed until all take at most `max_bytes`. Raises ConfigurationError if somebody else could
-    write to `root`.
+    Whether what is kept there can be used, `loads_what_it_saved` tells. Identities not used for
+    longest are removed until all take at most `max_bytes`. Raises ConfigurationError if somebody
+    else could write to `root`.
     """
     devices = tuple(mesh.devices.flat)
-    if not may_load(devices) or not _loads_what_it_saved(mesh):
+    if not may_load(devices):
         return None
     folder = root / digest(identity)
     try:
@@ -143,6 +144,33 @@ def may_load(devices: Sequence[jax.Device]) -> bool:
     return devices[0].platform != "tpu" or any(device.id == 0 for device in devices)
 
 
+def may_move(mesh: Mesh) -> bool:
+    """Whether what was compiled for another device like the only one of this mesh runs on it.
+
+    Then all such devices share their programs. Found out with a small one; to be called while JAX's
+    own cache is off.
+    """
+    device, *more = mesh.devices.flat
+    if more or device.platform == "tpu":  # not tried there
+        return False
+    other = next((one for one in device.client.local_devices() if one != device), None)
+    if other is None:
+        return True  # there is nothing to be moved from
+    elsewhere = Mesh(np.array([other]), mesh.axis_names)
+    numbers = np.arange(4, dtype=np.float32)
+    struct = jax.ShapeDtypeStruct(
+        numbers.shape, numbers.dtype, sharding=NamedSharding(elsewhere, PartitionSpec())
+    )
+    try:
+        compiled = jax.jit(lambda x: x + jnp.sum(x)).lower(struct).compile()
+        loaded = loaded_executable(packed_executable(compiled, [other]), (device,))
+        found = loaded(jax.device_put(numbers, NamedSharding(mesh, PartitionSpec())))
+        return found.devices() == {device} and np.array_equal(found, numbers + numbers.sum())
+    except Exception as error:  # a backend says in its own way that it cannot
+        _log.info("Each of the devices like %s has programs of its own: %s", device, error)
+        return False
+
+
 def check_trusted(folder: Path) -> None:
     """Raise ConfigurationError if anybody but this user could have put files there."""
     if not hasattr(os, "geteuid"):
@@ -162,14 +190,17 @@ def check_trusted(folder: Path) -> None:
         )
 
 
-def _loads_what_it_saved(mesh: Mesh) -> bool:
-    """Take one small program there and back, and run it on every device of the mesh."""
+def loads_what_it_saved(mesh: Mesh) -> bool:
+    """Take one small program there and back, and run it on every device of the mesh.
+
+    To be called, like `ProgramCache.store`, while JAX's own cache is off.
+    """
     devices = tuple(mesh.devices.flat)
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     numbers = jax.device_put(np.arange(4 * mesh.size, dtype=np.float32), spread)
     try:
         compiled = jax.jit(lambda x: x + jnp.sum(x)).lower(numbers).compile()
-        loaded = loaded_executable(packed_executable(compiled), devices)
+        loaded = loaded_executable(packed_executable(compiled, devices), devices)
         right = np.array_equal(loaded(numbers), compiled(numbers))
     except Exception as error:  # a backend says in its own way that it cannot
         _log.warning("Executables cannot be kept for %s: %s", devices, error)

@@ -43,17 +43,20 @@ _NO_MATTER = (
 )  # fmt: skip
 
 
-def replica_identity(shapes: ProgramShapes, target: Target) -> dict[str, Any]:
+def replica_identity(
+    shapes: ProgramShapes, target: Target, anywhere: bool = False
+) -> dict[str, Any]:
     """Everything that the programs of these shapes depend on, except kind and bucket, as JSON.
 
-    Two starts may share executables if and only if their identities are equal. Raises TypeError
-    for a field of `ProgramShapes` that it cannot write down.
+    Two starts may share executables if and only if their identities are equal. anywhere: programs
+    run on any device like that of the mesh, whatever its number. Raises TypeError for a field of
+    `ProgramShapes` that it cannot write down.
     """
     devices = list(shapes.mesh.devices.flat)
     return {
         "shapes": _words(shapes),
         "target": _words(target),
-        "devices": [_device(device) for device in devices],
+        "devices": [_device(device, anywhere) for device in devices],
         "runtime": _runtime(devices[0]),
         **_code(),
     }
@@ -116,8 +119,9 @@ def _words(value: Any) -> Any:
     return jnp.dtype(value).name  # a TypeError if it is nothing we know
 
 
-def _device(device: jax.Device) -> dict[str, str]:
-    return {fact: str(getattr(device, fact, "")) for fact in _DEVICE_FACTS}
+def _device(device: jax.Device, anywhere: bool) -> dict[str, str]:
+    facts = [fact for fact in _DEVICE_FACTS if not (anywhere and fact == "id")]
+    return {fact: str(getattr(device, fact, "")) for fact in facts}
 
 
 def _runtime(device: jax.Device) -> dict[str, str]:

@@ -1,16 +1,29 @@
 """Shapes and placement of what programs take and return."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lumen_kernels.reduce_norm import Mail, Mailboxes
 
 from lumen.config import ModelConfig
 from lumen.model import ModelDefs
 from lumen.sharding import TENSOR_AXIS
 from serving.engine.device.arena import ArenaLayout
+
+Offsets = tuple[jax.Array, ...]
+"""Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
+
+
+class Place(NamedTuple):
+    """Where a unit runs: its offsets in a block, and the addresses of its devices' mailboxes, each
+    device's own row of int32 [devices, columns]; a tuple, empty without them."""
+
+    offsets: Offsets
+    mail: tuple[jax.Array, ...]
+
 
 WHOLE = PartitionSpec()
 """On every device alike."""
@@ -29,7 +42,8 @@ SEQUENCE_FIELDS = 3
 class ProgramShapes:
     """What all programs of a replica have in common.
 
-    table_columns: blocks of one row's table. num_rows: rows of `last_tokens`.
+    table_columns: blocks of one row's table. num_rows: rows of `last_tokens`. mailboxes: of devices
+    that reach each other's memory; None: there is one, or they do not.
     """
 
     config: ModelConfig
@@ -40,6 +54,7 @@ class ProgramShapes:
     num_rows: int
     table_columns: int
     max_logprobs: int
+    mailboxes: Mailboxes | None = None
 
     def weights(self, module: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Parameters of one `lumen.model.ModuleDef`."""
@@ -63,6 +78,21 @@ class ProgramShapes:
     def prefill_call(self, tokens: int, sequences: int) -> jax.ShapeDtypeStruct:
         """A packed prefill call: tokens, then of all sequences tables, starts, counts, rows."""
         return self.int32(tokens + sequences * (self.table_columns + SEQUENCE_FIELDS))
+
+    def place(self) -> Place:
+        """Of a unit, of shape structs."""
+        offsets: Any = (self.int32(),) * self.config.unit_layers
+        mail: Any = ()
+        if (boxes := self.mailboxes) is not None:
+            mail = (self.struct((boxes.devices, boxes.columns), jnp.int32, ARENA),)
+        return Place(offsets, mail)
+
+    def mail(self, place: Place) -> Mail | None:
+        """What sums over devices take, on one device inside a shard_map."""
+        if self.mailboxes is None:
+            return None
+        (addresses,) = place.mail
+        return Mail(self.mailboxes, addresses[0])
 
     def int32(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Integers that every device has."""

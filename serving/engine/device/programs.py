@@ -2,52 +2,48 @@
 
 A decode step is embed, one call per unit, head; a prefill call, which takes chunks of several
 prompts, is embed, one call per unit and, if any of them samples, head; a mixed call does both in
-one pass. Each kind is compiled once per bucket; all units share one program, because a unit's place
-is an argument. Calls with prompt tokens run their last unit by another, `last`: behind the last
-layer's keys and values it computes only the tokens that something is sampled behind, which are few.
+one pass. Where not all rows are greedy, logits and draw stand in place of head. Each kind is
+compiled once per bucket; all units share one program, because a unit's place is an argument. Calls
+with prompt tokens run their last unit by another, `last`: behind the last layer's keys and values
+it computes only the tokens that something is sampled behind, which are few.
 Everything runs inside one `shard_map` over the tensor axis.
 """
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from lumen_kernels.paged_attention.options import Arena
+from lumen_kernels.reduce_norm import Mailboxes
 from lumen_kernels.target import Target
 
-from lumen.sampling import SamplingArrays, sample, sample_greedy, token_logprobs
 from lumen.sharding import TENSOR_AXIS
 from serving.engine.device.compilation import Compiled
+from serving.engine.device.head_programs import (
+    DRAWN_KINDS,
+    HeadKind,
+    HeadPrograms,
+    draw_size_of,
+    draw_sizes,
+)
 from serving.engine.device.mixed_programs import Description, MixedPrograms
 from serving.engine.device.program_shapes import (
     ARENA,
-    SAMPLING_FIELDS,
     SEQUENCE_FIELDS,
     WHOLE,
+    Place,
     ProgramShapes,
 )
 from serving.engine.device.step_attention import (
     LastTokens,
-    Offsets,
     Schedule,
     Step,
     StepAttention,
 )
 from serving.engine.executor import MixedSize
-
-
-class HeadKind(enum.Enum):
-    """What a head program computes. Each does all that those before it do."""
-
-    GREEDY = "greedy"
-    SAMPLED = "sampled"  # temperature; top-k, top-p and min-p are not looked at
-    TRUNCATED = "truncated"
-    COMPLETE = "complete"  # masks and log-probabilities too
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +53,38 @@ class Programs:
 
     decode_embed[b](embedding, last_tokens [num_rows], rows [b], tables [b, t], lengths [b])
         -> hidden [b, hidden size], step, schedule
-    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, offsets) -> hidden, arena
+    decode_unit[b](unit, hidden, arena, tables, lengths, step, schedule, place) -> hidden, arena
     prefill_embed[c](embedding, call [c + s (t + 3)]) -> hidden [c, hidden size], step, schedule,
         last, rows [s]
-    prefill_unit[c](unit, hidden, arena, call, step, schedule, offsets) -> hidden, arena
-    prefill_last[c](unit, hidden, arena, call, step, schedule, offsets, last)
+    prefill_unit[c](unit, hidden, arena, call, step, schedule, place) -> hidden, arena
+    prefill_last[c](unit, hidden, arena, call, step, schedule, place, last)
         -> hidden [s, hidden size], arena
     mixed_embed[size](embedding, last_tokens, packed) -> hidden [size.tokens, hidden size],
         context, step, decode schedule, prefill schedule, last, rows [b]
-    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets)
+    mixed_unit[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place)
         -> hidden, arena
-    mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, offsets,
+    mixed_last[size](unit, hidden, arena, context, step, decode schedule, prefill schedule, place,
         last) -> hidden [b, hidden size], arena
-    head[b, kind](head, hidden, last_tokens, rows, lengths, *more) -> tokens [b],
-        last_tokens, next lengths [b], and for COMPLETE chosen [b], ids [b, n], top [b, n]
+    head[b](head, hidden, last_tokens, rows, lengths) -> tokens [b], last_tokens, next lengths [b]
+    logits[b](head, hidden, rows, lengths, sampling [5, b])
+        -> logits [d, vocabulary], drawn [7, d], next lengths [b]
+    draw[d, kind](logits, drawn, last_tokens, *masks) -> tokens [d], last_tokens, and for COMPLETE
+        chosen [d], ids [d, n], top [d, n]
     zero_arena() -> arena
 
     step: a `Step`, what all layers need to know about the step's tokens. schedule: how attention
     of this step is cut over the chip, the same for all layers; a tuple, empty where the backend
-    needs none. offsets: of each of the unit's layers, slots of a block before those of the layer;
-    a tuple of scalars, as a GPU would launch a kernel to add to one. rows: num_rows marks a padding
-    row. lengths: tokens including the one being run, 0 for padding.
+    needs none. place: a `Place`; the offsets, of each of the unit's layers, are slots of a block
+    before those of the layer: scalars, as a GPU would launch a kernel to add to one. rows: num_rows
+    marks a padding row. lengths: tokens including the one being run, 0 for padding.
     call: tokens of the sequences one behind the other, then tables [s, t], starts, counts and rows
     [s]; counts are 0 for padding, rows num_rows where nothing is sampled.
     size: a `MixedSize`, whose rows are a batch b that head takes. packed: of a mixed call, see
     `mixed_call.MixedArrays`; context: a `MixedContext`. last: `LastTokens` of the call, and rows:
     those that they are of.
-    more: sampling [5, b] for all but GREEDY, then masks uint32 [b, words] for COMPLETE.
+    d: of `draw_sizes`, the smallest that holds b rows. drawn: rows, lengths and sampling, padded.
+    masks: uint32 [d, words] for COMPLETE.
+    mailboxes: of the devices, if programs sum over them by a kernel; `place` then has addresses.
     arena is donated to the units, and hidden where it has the shape of the result; nothing else is.
     """
 
@@ -92,11 +93,27 @@ class Programs:
     prefill_embed: dict[int, Compiled]
     prefill_unit: dict[int, Compiled]
     prefill_last: dict[int, Compiled]
-    head: dict[tuple[int, HeadKind], Compiled]
+    head: dict[int, Compiled]
+    logits: dict[int, Compiled]
+    draw: dict[tuple[int, HeadKind], Compiled]
     zero_arena: Compiled
     mixed_embed: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_unit: dict[MixedSize, Compiled] = field(default_factory=dict)
     mixed_last: dict[MixedSize, Compiled] = field(default_factory=dict)
+    mailboxes: Mailboxes | None = None
+
+    def awaited(self) -> "Programs":
+        """The same, but each call returns when the devices are done with it."""
+
+        def wait(program: Compiled) -> Compiled:
+            return lambda *arguments: jax.block_until_ready(program(*arguments))
+
+        kinds: dict[str, Any] = {
+            one.name: {place: wait(program) for place, program in found.items()}
+            for one in fields(self)
+            if isinstance(found := getattr(self, one.name), dict)
+        }
+        return replace(self, **kinds)
 
 
 class ProgramBuilder:
@@ -117,6 +134,7 @@ class ProgramBuilder:
         self._platforms = platforms
         self._axis = TENSOR_AXIS if shapes.mesh.size > 1 else None
         self._attention = StepAttention(shapes, self._target)
+        self._heads = HeadPrograms(shapes, self._target, self._axis)
         self._mixed = MixedPrograms(
             shapes, self._attention, self._target, self._axis, self._schedule_shape
         )
@@ -143,9 +161,14 @@ class ProgramBuilder:
         for size in mixed_sizes:
             found["mixed_unit", *size] = partial(self._described, self._mixed.unit, size)
             found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
+        draws = draw_sizes(decode_buckets)
+        for d in draws:
+            for kind in DRAWN_KINDS:
+                found["draw", d, kind] = partial(self._described, self._heads.draw, d, kind)
         for b in decode_buckets:
-            for kind in HeadKind:
-                found["head", b, kind] = partial(self._head, b, kind)
+            d = draw_size_of(draws, b)
+            found["logits", b] = partial(self._described, self._heads.logits, b, d)
+            found["head", b] = partial(self._described, self._heads.head, b)
             found["decode_embed", b] = partial(self._decode_embed, b)
         for c, s in chunk_buckets.items():
             found["prefill_embed", c] = partial(self._prefill_embed, c, s)
@@ -153,10 +176,8 @@ class ProgramBuilder:
             found["mixed_embed", *size] = partial(self._described, self._mixed.embed, size)
         return found
 
-    def _described(
-        self, describe: Callable[[MixedSize], Description], size: MixedSize
-    ) -> jax.stages.Lowered:
-        return self._lower(*describe(size))
+    def _described(self, describe: Callable[..., Description], *of: Any) -> jax.stages.Lowered:
+        return self._lower(*describe(*of))
 
     def _zero_arena(self) -> jax.stages.Lowered:
         arena = self._shapes.arena()
@@ -207,11 +228,11 @@ class ProgramBuilder:
             lengths: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
-            attend = self._attention.decode_attend(step, schedule, tables, lengths, offsets)
+            attend = self._attention.decode_attend(step, schedule, tables, lengths, place.offsets)
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -222,7 +243,7 @@ class ProgramBuilder:
                 shapes.int32(rows, shapes.table_columns), shapes.int32(rows),
                 self._attention.step_shape(rows),
                 self._schedule_shape(self._attention.decode_schedule, shapes.int32(rows)),
-                self._attention.offsets_shape(),
+                shapes.place(),
             ),
             (WHOLE, ARENA),
             donate=(1, 2),
@@ -253,7 +274,8 @@ class ProgramBuilder:
         )
 
     def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_unit(
             weights: Sequence[jax.Array],
@@ -262,12 +284,14 @@ class ProgramBuilder:
             call: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(step, schedule, tables, starts, counts, offsets)
+            attend = self._attention.prefill_attend(
+                step, schedule, tables, starts, counts, place.offsets
+            )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis
+                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
             )
             return result
 
@@ -275,7 +299,8 @@ class ProgramBuilder:
         return self._lower(prefill_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
 
     def _prefill_last(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        unit = self._shapes.defs.unit
+        shapes = self._shapes
+        unit = shapes.defs.unit
 
         def prefill_last(
             weights: Sequence[jax.Array],
@@ -284,15 +309,15 @@ class ProgramBuilder:
             call: jax.Array,
             step: Step,
             schedule: Schedule,
-            offsets: Offsets,
+            place: Place,
             last: LastTokens,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
             attend = self._attention.prefill_attend(
-                step, schedule, tables, starts, counts, offsets, last
+                step, schedule, tables, starts, counts, place.offsets, last
             )
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, last.places
+                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
             )
             return result
 
@@ -313,49 +338,7 @@ class ProgramBuilder:
                 partial(attention.prefill_schedule, tokens=tokens),
                 shapes.int32(sequences), shapes.int32(sequences),
             ),
-            attention.offsets_shape(),
-        )  # fmt: skip
-
-    def _head(self, rows: int, kind: HeadKind) -> jax.stages.Lowered:
-        shapes = self._shapes
-
-        def head(
-            weights: Sequence[jax.Array],
-            hidden: jax.Array,
-            last_tokens: jax.Array,
-            rows: jax.Array,
-            lengths: jax.Array,
-            *more: jax.Array,
-        ) -> tuple[jax.Array, ...]:
-            logits: jax.Array = shapes.defs.head.merge(weights)(hidden, self._target, self._axis)
-            logprobs: tuple[jax.Array, ...] = ()
-            if kind is HeadKind.GREEDY:
-                tokens = sample_greedy(logits)
-            else:
-                # The token being drawn stands right behind the `lengths` tokens seen.
-                tokens = sample(
-                    logits, lengths, _sampling(more[0]), *more[1:],
-                    truncates=kind is not HeadKind.SAMPLED, target=self._target,
-                )  # fmt: skip
-            if kind is HeadKind.COMPLETE:
-                logprobs = token_logprobs(logits, tokens, shapes.max_logprobs, self._target)
-            last_tokens = last_tokens.at[rows].set(tokens, mode="drop")
-            return tokens, last_tokens, jnp.where(lengths > 0, lengths + 1, 0), *logprobs
-
-        more: tuple[jax.ShapeDtypeStruct, ...] = ()
-        if kind is not HeadKind.GREEDY:
-            more += (shapes.int32(SAMPLING_FIELDS, rows),)
-        if kind is HeadKind.COMPLETE:
-            words = -(-shapes.config.vocab_size // 32)
-            more += (shapes.struct((rows, words), jnp.uint32, WHOLE),)
-        outputs = 6 if kind is HeadKind.COMPLETE else 3
-        return self._lower(
-            head,
-            (
-                shapes.weights(shapes.defs.head), shapes.hidden(rows),
-                shapes.int32(shapes.num_rows), shapes.int32(rows), shapes.int32(rows), *more,
-            ),
-            (WHOLE,) * outputs,
+            shapes.place(),
         )  # fmt: skip
 
     def _schedule_shape(
@@ -385,10 +368,3 @@ class ProgramBuilder:
         traced = jax.jit(sharded, donate_argnums=donate).trace(*arguments)
         lowered: jax.stages.Lowered = traced.lower(lowering_platforms=self._platforms)
         return lowered
-
-
-def _sampling(packed: jax.Array) -> SamplingArrays:
-    """Sampling parameters from int32 [5, rows]."""
-    floats = lax.bitcast_convert_type(packed, jnp.float32)
-    seed = lax.bitcast_convert_type(packed[4], jnp.uint32)
-    return SamplingArrays(floats[0], packed[1], floats[2], floats[3], seed)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.mixed_call import mixed_arrays, mixed_length
 from serving.engine.device.prefill_calls import PrefillCall
 from serving.engine.device.program_shapes import SAMPLING_FIELDS, SEQUENCE_FIELDS
-from serving.engine.device.programs import HeadKind
 from serving.engine.executor import MixedSize
 from serving.engine.plan import Int32, PrefillChunk, StepPlan
 

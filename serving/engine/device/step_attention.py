@@ -18,7 +18,7 @@ from lumen_kernels.target import Target
 from lumen.decoder import Attend
 from lumen.rope import inverse_frequencies, rotation
 from lumen.sharding import HeadLayout
-from serving.engine.device.program_shapes import ProgramShapes
+from serving.engine.device.program_shapes import Offsets, ProgramShapes
 
 
 class Step(NamedTuple):
@@ -34,9 +34,6 @@ class Step(NamedTuple):
 
 Schedule = tuple[jax.Array, ...]
 """What `paged_attention.decode_schedule` or `prefill_schedule` makes, or nothing."""
-
-Offsets = tuple[jax.Array, ...]
-"""Of each of a unit's layers, int32 scalars: layer * KV heads of a device."""
 
 
 class MixedContext(NamedTuple):
@@ -85,10 +82,6 @@ class StepAttention:
         shapes = self._shapes
         shaped: Any = Step  # of shape structs
         return shaped(shapes.float32(tokens, shapes.config.head_dim), shapes.int32(2, tokens))
-
-    def offsets_shape(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Of the layer offsets of a unit."""
-        return (self._shapes.int32(),) * self._shapes.config.unit_layers
 
     def decode_step(self, tables: jax.Array, lengths: jax.Array) -> Step:
         """tables int32 [rows, t], lengths int32 [rows]: with the new token, 0 for padding."""

@@ -75,6 +75,28 @@ def test_the_kernel_adds_and_norms(rows, width, kernel_alone):
     np.testing.assert_array_equal(with_sum, alone)
 
 
+def check_parts(parts, rows, width, target):
+    _, residual, weight = operands(rows, width)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(parts, rows, width)), jnp.float32)
+    hidden, normed = add_rms_norm(x, residual, weight, EPS, target=target)
+    assert hidden.dtype == normed.dtype == jnp.bfloat16
+    # Added up first and rounded once.
+    expected = np.asarray(residual, np.float64) + np.asarray(x, np.float64).sum(axis=0)
+    assert worst_row(hidden, expected) < ROUNDING
+    assert worst_row(normed, exact(hidden, weight)) < ROUNDING
+
+
+@pytest.mark.parametrize("target", [CPU, HOPPER], ids=["cpu", "hopper"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_xla_adds_up_parts(parts, target):
+    check_parts(parts, 5, 96, target)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_the_kernel_adds_up_parts(parts, kernel_alone):
+    check_parts(parts, 3, 1024, INTERPRETED)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("rows", "width"), [(33, 2048), (3, 4096), (2, 8192), (130, 1024)])
 def test_the_kernel_adds_and_norms_more(rows, width, kernel_alone):
@@ -147,6 +169,9 @@ def zeros(*shape, dtype=jnp.bfloat16):
         ("x", {"x": zeros(2, 80)}),
         ("x", {"x": zeros(2, 96, dtype=jnp.float32)}),
         ("x", {"x": zeros(1, 2, 96)}),
+        ("x", {"x": zeros(4, 2, 96)}),
+        ("x", {"x": zeros(0, 2, 96, dtype=jnp.float32)}),
+        ("x", {"x": zeros(4, 3, 96, dtype=jnp.float32)}),
     ],
 )
 @pytest.mark.parametrize("target", [CPU, HOPPER], ids=["cpu", "hopper"])

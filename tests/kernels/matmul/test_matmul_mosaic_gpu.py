@@ -140,14 +140,16 @@ def test_it_lowers_for_hopper(name, m):
     assert ("custom_call @mosaic_gpu" in exported.mlir_module()) == ours
 
 
-@pytest.mark.parametrize("m", [1, 8, 17, 32, 64, 72, 128, 136, 256])
+@pytest.mark.parametrize("m", [1, 8, 17, 32, 64, 72, 128, 136, 200, 256])
 def test_the_gated_product_lowers_for_hopper(m):
     n, k = LLAMA_8B["gate_up"]
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((m, k), (n, k)))
     program = jax.jit(lambda x, w: silu_gated(x, w, target=HOPPER))
     exported = jax.export.export(program, platforms=["cuda"])(x, w)
     assert exported.out_avals[0].shape == (m, n // 2)
-    assert ("gated_matmul" in exported.mlir_module()) == (m > 16)
+    module = exported.mlir_module()
+    assert ("gated_matmul" in module) == (16 < m <= 128 or m > 192)
+    assert ("custom_call @mosaic_gpu" in module) == (m != 1 and m != 136)
 
 
 def test_the_kernel_takes_what_it_was_measured_to_win():
@@ -192,8 +194,10 @@ def test_the_kernel_takes_what_it_was_measured_to_win():
     }
     for cut in cuts.values():
         assert cut.splits * cut.sharing * cut.row_blocks <= 2
-    assert [m for m in (1, 8, 16, 17, 256, 257) if gated(m)] == [17, 256]
-    assert gated(64, (14336, 4096)) is None
+    assert [m for m in (1, 16, 17, 128, 129, 192, 193, 256, 257) if gated(m)] == [17, 128, 193, 256]
+    assert gated(64, (12288, 4096)) is None
+    quarter = gated(32, (14336, 8192))  # of Llama-3.1-70B's
+    assert (quarter.tile_n, quarter.stages) == (112, 5)
     assert gated(64, (28680, 4096)) is None
     assert gated(64, target=CPU) is None
     for target in (CPU, Target(Backend.XLA, "gpu"), Target(Backend.MOSAIC_TPU, "tpu")):
@@ -202,6 +206,16 @@ def test_the_kernel_takes_what_it_was_measured_to_win():
     assert ours(64, "o", jnp.float16) is None
     half_a_head = (64128, 4096)  # its logits stay float32, and it was not measured
     assert rule.tiling(64, half_a_head, jnp.bfloat16, jnp.float32, HOPPER) is None
+
+
+def test_long_products_of_some_rows_are_best_made_in_parts():
+    def parts(m, name="down", dtype=jnp.bfloat16, target=HOPPER):
+        return rule.parts(m, LLAMA_8B[name], jnp.dtype(dtype), target)
+
+    assert {m: parts(m) for m in (1, 96, 97, 128, 256, 257)} == {
+        1: 1, 96: 1, 97: 2, 128: 2, 256: 2, 257: 1,
+    }  # fmt: skip
+    assert parts(128, "o") == parts(128, dtype=jnp.float32) == parts(128, target=CPU) == 1
 
 
 @pytest.mark.parametrize("shape", [(896, 896), (4100, 4096), (4096, 4000), (2048, 8192)])
@@ -219,7 +233,7 @@ def test_a_row_has_the_same_bits_whatever_the_others_are():
     np.testing.assert_array_equal(whole[:3], part)
 
 
-@pytest.mark.parametrize("m", [17, 72, 130])
+@pytest.mark.parametrize("m", [17, 72, 200])
 def test_the_operations_run_the_kernel_as_the_rule_cuts_it(m, monkeypatch):
     monkeypatch.setattr(rule, "_SMALL", 0)
     two_cores = Target(Backend.MOSAIC_GPU, "gpu", cores=2, interpret=True)

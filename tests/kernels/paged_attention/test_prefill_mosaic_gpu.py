@@ -120,6 +120,10 @@ def test_segments_and_several_cores(segments: int, head_dim: int) -> None:
     stream.check(cores=2)
 
 
+def test_clusters_of_programs_that_read_the_same() -> None:
+    Stream.of([0, 100], [30, 80], 112, 4).check(cores=4, with_lse=False)
+
+
 @pytest.mark.parametrize(("counts", "tokens"), [([1], 1), ([3, 1], 5), ([0], 16), ([100], 100)])
 def test_streams_that_are_no_multiple_of_anything(counts: list[int], tokens: int) -> None:
     Stream.of([9] * len(counts), counts, tokens, 2).check()

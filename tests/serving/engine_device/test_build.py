@@ -13,6 +13,7 @@ from serving.engine.device import DeviceExecutor, DeviceExecutorConfig, build_de
 from serving.engine.device.arena import arena_layout
 from serving.engine.device.compilation import CompileWatch
 from serving.engine.device.config import gpu_mixed_calls
+from serving.engine.device.head_programs import draw_size_of, draw_sizes
 from serving.engine.device.memory import DeviceMemory
 from serving.errors import ConfigurationError, ExecutorError
 
@@ -112,10 +113,31 @@ def test_gpu_mixed_calls_are_no_larger_than_rows_and_prefill_calls():
 def test_batch_sizes_grow_in_smaller_steps_the_larger_they_are():
     config = DeviceExecutorConfig(max_model_len=8, num_rows=512)
     assert config.decode_buckets == (
-        1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512,
+        1, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512,
     )  # fmt: skip
+    assert dataclasses.replace(config, num_rows=48).decode_buckets == (1, 2, 4, 8, 16, 32, 48)
+    assert dataclasses.replace(config, num_rows=64).decode_buckets == (1, 8, 16, 32, 48, 64)
     assert dataclasses.replace(config, num_rows=100).decode_buckets[-3:] == (64, 96, 100)
     assert dataclasses.replace(config, num_rows=1).decode_buckets == (1,)
+
+
+def test_draws_have_few_sizes():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=512)
+    sizes = draw_sizes(config.decode_buckets)
+    assert sizes == (8, 32, 64, 128, 256, 512)
+    assert [draw_size_of(sizes, rows) for rows in (1, 8, 9, 96, 512)] == [8, 8, 32, 128, 512]
+    assert draw_sizes((1, 3, 48, 96, 100, 300)) == (3, 48, 100, 300)
+    assert draw_sizes((1, 2, 4)) == (4,)
+    assert draw_sizes((1,)) == (1,)
+
+
+def test_batch_sizes_may_be_named():
+    config = DeviceExecutorConfig(max_model_len=8, num_rows=128, batch_sizes=(1, 32, 128))
+    assert config.decode_buckets == (1, 32, 128)
+    assert config.chunk_buckets[512] == 32
+    for sizes in ((), (0, 128), (32, 1, 128), (1, 32)):
+        with pytest.raises(ConfigurationError, match=r"batch_sizes is .* end with num_rows"):
+            dataclasses.replace(config, batch_sizes=sizes)
 
 
 def test_progress_counts_weights_and_programs(executor, build_steps):
@@ -123,7 +145,10 @@ def test_progress_counts_weights_and_programs(executor, build_steps):
     assert [step[:2] for step in build_steps] == [(n, total) for n in range(1, total + 1)]
     names = [name for _, _, name in build_steps]
     assert names[:5] == ["weights"] * 5  # 3 units, embedding, head
-    assert {"decode_unit 4", "prefill_unit 8 of 1", "head 1 sampled"} <= set(names)
+    assert {"decode_unit 4", "prefill_unit 8 of 1", "head 1", "logits 2"} <= set(names)
+    assert {name for name in names if name.startswith("draw")} == {
+        f"draw 4 {kind}" for kind in ("sampled", "truncated", "complete")
+    }
 
 
 def test_programs_update_the_arena_in_place(executor):
@@ -192,7 +217,7 @@ def test_every_program_has_run_once_before_the_first_request(executor):
     noting = {
         kind: {key: noted((kind, key), program) for key, program in table.items()}
         for kind, table in tables.items()
-        if kind != "zero_arena"
+        if isinstance(table, dict)
     }
     programs = dataclasses.replace(executor._passes.programs, **noting)
     arena = executor._passes.programs.zero_arena()

@@ -34,10 +34,11 @@ from serving.engine.device.compile_children import CompileChildren, children_for
 from serving.engine.device.compile_recipe import RecipeError, recipe
 from serving.engine.device.compiler_options import compiler_options
 from serving.engine.device.executables import loaded_executable
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.memory import DeviceMemory
 from serving.engine.device.program_shapes import ProgramShapes
 from serving.engine.device.program_source import Source
-from serving.engine.device.programs import HeadKind, ProgramBuilder
+from serving.engine.device.programs import ProgramBuilder
 
 KEY = ("decode_embed", 1)
 CONFIG = DeviceExecutorConfig(
@@ -71,7 +72,7 @@ def made(request, what):
 
 def kill(children: CompileChildren) -> None:
     """All of them, as someone else would."""
-    os.killpg(children._process.pid, signal.SIGKILL)
+    os.killpg(children._family.pid, signal.SIGKILL)
 
 
 def start(weights, folder, monkeypatch, *, count=2, devices=None):
@@ -95,7 +96,7 @@ def start(weights, folder, monkeypatch, *, count=2, devices=None):
 
 def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch, drive, prompt):
     executor, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == 1 + 6 + 3
+    assert len(names) == 1 + 7 + 3
     assert not lowered
     assert not [name for name in names if name.endswith(LOADED)]
     arena = sum(segment.nbytes for segment in executor._passes.arena)
@@ -119,7 +120,7 @@ def test_children_compile_what_this_process_would(weights, tmp_path, monkeypatch
 def test_what_children_cannot_do_is_done_here(weights, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(compile_children, "_MODULE", "serving.engine.device.no_such_module")
     _, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == len(lowered) + 1 == 10  # zero_arena is lowered in a way of its own
+    assert len(names) == len(lowered) + 1 == 11  # zero_arena is lowered in a way of its own
     assert caplog.text.count("A process that compiles is gone") == 2
 
 
@@ -129,7 +130,7 @@ def test_a_system_without_room_for_children_compiles_here(weights, tmp_path, mon
 
     monkeypatch.setattr(compile_children.subprocess, "Popen", none)
     _, names, lowered = start(weights, tmp_path, monkeypatch)
-    assert len(names) == len(lowered) + 1 == 10
+    assert len(names) == len(lowered) + 1 == 11
     assert "All programs are compiled in one process: [Errno 11]" in caplog.text
 
 
@@ -174,7 +175,7 @@ def test_a_child_that_dies_is_not_waited_for(made, caplog):
 def test_a_child_that_dies_at_work_is_not_waited_for(made):
     children = made()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(children.compile, ("head", 1, HeadKind.COMPLETE))
+        coming = pool.submit(children.compile, ("draw", 1, HeadKind.COMPLETE))
         time.sleep(0.1)
         kill(children)
         assert coming.result(30) is None
@@ -185,7 +186,7 @@ def test_a_child_that_takes_too_long_is_given_up(made, caplog):
     assert children.compile(KEY) is None
     assert "no answer in 0 s" in caplog.text
     children.close()
-    assert children._process.returncode == -signal.SIGKILL
+    assert children._family.returncode == -signal.SIGKILL
 
 
 def test_a_program_that_fails_costs_no_child(made, caplog):
@@ -221,7 +222,7 @@ import pickle, sys, time
 from serving.engine.device.compilation import compile_all
 from serving.engine.device.compile_children import CompileChildren
 children = CompileChildren(2, pickle.load(sys.stdin.buffer))
-print(children._process.pid, flush=True)
+print(children._family.pid, flush=True)
 children.compile(("decode_embed", 1))
 print("compiled", flush=True)
 time.sleep(60)
@@ -257,6 +258,65 @@ def running(group: int) -> list[int]:
     return found
 
 
+@pytest.fixture
+def likely(monkeypatch):
+    """There seem to be a GPU and four cores."""
+    monkeypatch.setattr(compile_children, "_gpu_is_likely", lambda: True)
+    monkeypatch.setattr(compile_children, "_cores", lambda: 4)
+    yield
+    compile_children.dismiss()
+
+
+def test_children_that_were_prepared_are_taken_over(likely, made):
+    compile_children.prepare()
+    (family,) = compile_children._prepared
+    compile_children.prepare()
+    assert compile_children._prepared == [family]
+    children = made(2)
+    assert children.count == 2
+    assert not compile_children._prepared
+    assert children.compile(KEY) is not None
+    deadline = time.monotonic() + 60
+    while len(running(family.pid)) > 2:  # the others have found out
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(running(family.pid)) == 2
+    children.close()
+    assert family.returncode == -signal.SIGKILL
+
+
+def test_children_that_are_not_needed_are_dismissed(likely, monkeypatch):
+    monkeypatch.setattr(compile_children, "_MODULE", "this")
+    compile_children.prepare()
+    (family,) = compile_children._prepared
+    compile_children.dismiss()
+    assert family.returncode is not None
+    assert not compile_children._prepared
+
+
+@pytest.mark.parametrize(("cores", "gpu"), [(3, True), (4, False)])
+def test_children_are_not_prepared_where_they_do_not_pay(likely, monkeypatch, cores, gpu):
+    monkeypatch.setattr(compile_children, "_gpu_is_likely", lambda: gpu)
+    monkeypatch.setattr(compile_children, "_cores", lambda: cores)
+    compile_children.prepare()
+    assert not compile_children._prepared
+
+
+def test_a_gpu_is_likely_where_its_driver_is(tmp_path, monkeypatch):
+    driver = tmp_path / "driver"
+    monkeypatch.setattr(compile_children, "_DRIVER", driver)
+    before = jax.config.jax_platforms
+    try:
+        for platforms, expected in ((None, True), ("cuda,cpu", True), ("cpu", False)):
+            jax.config.update("jax_platforms", platforms)
+            assert not compile_children._gpu_is_likely()
+            driver.touch()
+            assert compile_children._gpu_is_likely() == expected
+            driver.unlink()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 def test_what_xla_is_told_reaches_it():
     lower = jax.jit(lambda x: x + 1).lower
     source = Source((), lambda: lower(jnp.arange(4)), ())
@@ -275,7 +335,7 @@ class Chip:
     ("platforms", "cores", "programs", "count"),
     [
         (["gpu"], 16, 100, 16),
-        (["gpu"], 64, 100, 16),
+        (["gpu"], 64, 100, 32),
         (["gpu"], 8, 100, 8),
         (["gpu"], 16, 5, 5),
         (["gpu"], 16, 3, 0),

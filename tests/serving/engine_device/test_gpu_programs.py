@@ -9,22 +9,27 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from lumen_kernels.arena import slot_shape
+from lumen_kernels.reduce_norm import Mailboxes
 from lumen_kernels.target import HOPPER
 
 from lumen.model import model_defs
 from lumen.presets import preset
 from lumen.sharding import TENSOR_AXIS, HeadLayout
 from serving.engine.device.arena import ArenaLayout
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.program_shapes import ProgramShapes
-from serving.engine.device.programs import HeadKind, ProgramBuilder
+from serving.engine.device.programs import ProgramBuilder
 from serving.engine.executor import MixedSize
 
 LAYERS = 4
 MAX_LOGPROBS = 20
+UNITS = (("decode_unit", 16), ("prefill_unit", 64))
 KERNEL = "custom_call @mosaic_gpu"
 
 
-def builder(tensor: int, head_dim: int, block_size: int) -> ProgramBuilder:
+def builder(
+    tensor: int, head_dim: int, block_size: int, mailboxes: Mailboxes | None = None
+) -> ProgramBuilder:
     config = dataclasses.replace(preset("llama-3.1-8b"), num_layers=LAYERS, head_dim=head_dim)
     heads = HeadLayout(config.num_heads, config.num_kv_heads, tensor)
     mesh = Mesh(np.array(jax.devices()[:tensor]), (TENSOR_AXIS,))
@@ -33,7 +38,9 @@ def builder(tensor: int, head_dim: int, block_size: int) -> ProgramBuilder:
         slot_shape(block_size, head_dim, HOPPER), jnp.bfloat16,
     )  # fmt: skip
     defs = model_defs(config, heads, jnp.bfloat16)
-    shapes = ProgramShapes(config, defs, mesh, jnp.bfloat16, layout, 64, 32, MAX_LOGPROBS)
+    shapes = ProgramShapes(
+        config, defs, mesh, jnp.bfloat16, layout, 64, 32, MAX_LOGPROBS, mailboxes
+    )
     return ProgramBuilder(shapes, HOPPER, ("cuda",))
 
 
@@ -80,11 +87,21 @@ def test_the_last_layer_of_a_prefill_call_computes_few_tokens() -> None:
     assert 0.8 * layer < flops["prefill_unit"] - flops["prefill_last"] < 0.9 * layer
 
 
+def test_units_of_few_rows_sum_over_devices_without_a_collective() -> None:
+    mailboxes = Mailboxes(devices=2, rows=32, width=4096)
+    lowerings = builder(2, 128, 64, mailboxes).lowerings([16], {64: 4})
+    few, many = (lowerings[kind, size]().as_text() for kind, size in UNITS)
+    assert "all_reduce" not in few
+    assert few.count("call @run") > many.count("call @run")  # sums with a norm, and the last
+    assert many.count("stablehlo.all_reduce") == 2 * LAYERS
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_heads_neither_sort_the_vocabulary_nor_let_the_host_wait(tensor: int) -> None:
     lowerings = builder(tensor, 128, 64).lowerings([8], {256: 16})
     for kind in HeadKind:
-        text = lowerings["head", 8, kind]().as_text()
+        key = ("head", 8) if kind is HeadKind.GREEDY else ("draw", 8, kind)
+        text = lowerings[key]().as_text()
         # XLA reads their predicates on the host, which it need not for a loop of so many passes.
         assert "stablehlo.case" not in text, kind
         assert "stablehlo.if" not in text, kind

@@ -36,7 +36,9 @@ from serving.engine.device.compilation import compile_all, without_jax_cache
 from serving.engine.device.program_cache import (
     ProgramCache,
     check_trusted,
+    loads_what_it_saved,
     may_load,
+    may_move,
     open_program_cache,
 )
 from serving.engine.device.program_identity import (
@@ -52,7 +54,7 @@ from serving.engine.device.programs import ProgramBuilder
 from serving.engine.device.step_attention import StepAttention
 from serving.errors import ConfigurationError
 
-PROGRAMS = 1 + 6 + 3  # one bucket of decode, one of prefill
+PROGRAMS = 1 + 7 + 3  # one bucket of decode, one of prefill
 
 
 def start(weights, folder: Path, devices=None):
@@ -145,33 +147,65 @@ def test_an_entry_that_cannot_be_used_is_compiled_anew(weights, copy, caplog, da
 
 
 def test_an_entry_that_breaks_while_loading_is_compiled_anew(weights, copy, caplog):
-    (entry,) = copy.rglob("head-1-greedy")
+    (entry,) = copy.rglob("head-1")
     head = b"\n".join(entry.read_bytes().split(b"\n", 3)[:2])
-    body = pickle.dumps((b"no executable", None, None))
+    body = pickle.dumps((b"no executable", None, None, [1]))
     sha = hashlib.sha256(body).hexdigest().encode()
     entry.write_bytes(b"\n".join((head, sha, body)))
     _, names = start(weights, copy)
     assert loaded(names) == PROGRAMS - 1
-    assert "head-1-greedy is of no use" in caplog.text
+    assert "head-1 is of no use" in caplog.text
 
 
 def test_a_program_that_takes_something_else_is_compiled_anew(weights, copy, caplog):
-    greedy, sampled = (next(copy.rglob(f"head-1-{kind}")) for kind in ("greedy", "sampled"))
-    sampled.write_bytes(greedy.read_bytes().replace(b"head 1 greedy", b"head 1 sampled", 1))
+    sampled, complete = (next(copy.rglob(f"draw-1-{kind}")) for kind in ("sampled", "complete"))
+    complete.write_bytes(sampled.read_bytes().replace(b"draw 1 sampled", b"draw 1 complete", 1))
     _, names = start(weights, copy)
     assert loaded(names) == PROGRAMS - 1
-    assert "head-1-sampled is of no use (it takes 5 arguments, not 6)" in caplog.text
+    assert "draw-1-complete is of no use (it takes 3 arguments, not 4)" in caplog.text
 
 
-def test_replicas_of_one_process_have_programs_of_their_own(weights, filled, copy, drive, prompt):
-    _, names = start(weights, copy, jax.devices()[:1])
+def test_replicas_of_one_process_share_their_programs(weights, filled, drive, prompt, no_tracing):
+    folder, first = filled
+    other, names = start(weights, folder, jax.devices()[2:3])
+    assert loaded(names) == len(names) == PROGRAMS
+    expected = drive(first).generate(0, prompt(20), 8)
+    assert drive(other).generate(0, prompt(20), 8) == expected
+    (arena,) = other._passes.arena
+    assert arena.devices() == {jax.devices()[2]}
+    assert other.compilations_since_start() == 0
+
+
+def test_where_programs_cannot_be_moved_each_replica_has_its_own(
+    weights, copy, drive, prompt, monkeypatch, caplog
+):
+    def broken(*what):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: not to another device")
+
+    monkeypatch.setattr(executables, "_moved", broken)
+    with caplog.at_level(logging.INFO):
+        first, names = start(weights, copy, jax.devices()[:1])
     assert loaded(names) == 0
-    other, names = start(weights, copy, jax.devices()[:1])
-    again, more = start(weights, copy)
-    assert loaded(names) == loaded(more) == PROGRAMS
-    expected = drive(filled[1]).generate(0, prompt(20), 8)
-    for executor in (other, again):
-        assert drive(executor).generate(0, prompt(20), 8) == expected
+    assert "UNIMPLEMENTED: not to another device" in caplog.text
+    again, names = start(weights, copy, jax.devices()[:1])
+    assert loaded(names) == PROGRAMS
+    expected = drive(first).generate(0, prompt(20), 8)
+    assert drive(again).generate(0, prompt(20), 8) == expected
+
+
+def test_programs_of_several_devices_stay_there(tmp_path):
+    with without_jax_cache():
+        assert may_move(mesh_of(3))
+        assert not may_move(mesh_of(2, 3))
+
+
+def test_a_device_that_computes_nonsense_from_anothers_program_has_its_own(monkeypatch):
+    loaded = program_cache.loaded_executable
+    monkeypatch.setattr(
+        program_cache, "loaded_executable", lambda *what: lambda x: loaded(*what)(x) + 1.0
+    )
+    with without_jax_cache():
+        assert not may_move(mesh_of(1))
 
 
 def test_two_devices_load_what_two_devices_saved(weights, copy, drive, prompt):
@@ -249,6 +283,9 @@ def test_the_identity_says_all_that_programs_depend_on(monkeypatch):
     ]
     found = {digest(replica_identity(other, CPU)) for other in others} | {base}
     assert len(found) == len(others) + 1
+    anywhere = digest(replica_identity(shapes, CPU, anywhere=True))
+    assert anywhere == digest(replica_identity(shapes_of(mesh_of(2)), CPU, anywhere=True))
+    assert anywhere not in found
     target = dataclasses.replace(CPU, cores=2)
     assert digest(replica_identity(shapes, target)) not in found
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math")
@@ -410,12 +447,12 @@ def test_folders_are_made_for_their_owner_alone(filled):
     assert {path.stat().st_mode & 0o77 for path in (root, *root.rglob("*"))} == {0}
 
 
-def test_devices_that_compute_nonsense_from_a_file_get_no_cache(tmp_path, monkeypatch, caplog):
+def test_devices_that_compute_nonsense_from_a_file_get_no_cache(monkeypatch, caplog):
     loaded = program_cache.loaded_executable
     monkeypatch.setattr(
         program_cache, "loaded_executable", lambda *what: lambda x: loaded(*what)(x) + 1.0
     )
-    assert open_program_cache(tmp_path / "cache", mesh_of(0, 1), {}) is None
+    assert not loads_what_it_saved(mesh_of(0, 1))
     assert "nonsense" in caplog.text
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from serving.engine.device.programs import HeadKind
+from serving.engine.device.head_programs import HeadKind
 from serving.engine.device.rows import RowState
 from serving.engine.plan import RowAssignment, StepPlan
 from serving.engine.request import SamplingParams

@@ -1,9 +1,21 @@
-"""What to compare with: vLLM on one H200, and the floor and aim set for each line."""
+"""What to compare with: vLLM on one H200, and the floor and aim set for each line.
+
+A 70B model over several GPUs has no peer: floor and aim are shares of what memory alone allows.
+"""
 
 from dataclasses import dataclass
 
 MODEL = "random:llama-3.1-8b"
 """The only model the bars are of, in bfloat16."""
+
+LARGE_MODEL = "random:llama-3.1-70b"
+LARGE_DEVICES = 4
+"""What the bars of the large model are of, in bfloat16; fewer devices are shown beside them."""
+
+_LARGE_BATCH = 32
+_LARGE_FLOOR = 0.5
+_LARGE_AIM = 0.7
+"""Of the speed that a step would have if weights and KV were all there is to it."""
 
 SOURCE = (
     "vLLM 0.26.0 on one H200: random bf16 weights, 90 % of memory, FlashAttention 3, CUDA graphs, "
@@ -40,6 +52,13 @@ def decode(batch: int) -> Bar:
     """Milliseconds of a decode step at a context of 1,024."""
     peer = _DECODE_MS.get(batch)
     return NONE if peer is None else Bar(peer, 0.92 * peer, _DECODE_AIM_MS[batch])
+
+
+def large_decode(batch: int, byte_floor_ms: float | None) -> Bar:
+    """The same of the large model; byte_floor_ms: what memory alone takes."""
+    if byte_floor_ms is None or batch != _LARGE_BATCH:
+        return NONE
+    return Bar(None, byte_floor_ms / _LARGE_FLOOR, byte_floor_ms / _LARGE_AIM)
 
 
 def prefill(tokens: int) -> Bar:

@@ -12,7 +12,11 @@ import jax
 from lumen.model_spec import resolve_model
 from serving.engine.config import EngineConfig
 from serving.engine.core import EngineCore
-from serving.engine.device import DeviceExecutorConfig, build_device_executor
+from serving.engine.device import (
+    DeviceExecutorConfig,
+    build_device_executor,
+    compile_children,
+)
 from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.executor import Executor
 from serving.engine.loop import LoopPorts, ReplicaThread
@@ -86,6 +90,7 @@ class EngineSettings:
     compile_threads: int
     tensor_parallel: int = 1
     mixed_calls: tuple[tuple[int, int], ...] = ()
+    batch_sizes: tuple[int, ...] | None = None
 
 
 def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
@@ -100,6 +105,7 @@ def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceE
         max_prefills=settings.max_prefills,
         prefill_buckets=settings.prefill_buckets,
         mixed_calls=settings.mixed_calls,
+        batch_sizes=settings.batch_sizes,
         dtype=settings.dtype,
         compile_threads=settings.compile_threads,
         cache_dir=cache_dir,
@@ -150,6 +156,7 @@ def build(settings: EngineSettings, cache_dir: Path | None) -> Built:
     cache_dir: of compiled programs. Raises ConfigurationError or LumenError.
     """
     started = time.perf_counter()
+    compile_children.prepare()
     weights_s = 0.0
 
     def progress(done: int, total: int, name: str) -> None:

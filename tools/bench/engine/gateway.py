@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,10 @@ from tools.bench.engine.works import Job
 from tools.bench.spawn import running_server
 from tools.bench.summary import TIMES, Row
 
-CLIENTS = 4
+MOST_CLIENTS = 4
 """Processes that ask: one would be busy most of the time with some 10,000 messages per second."""
+
+_PER_CLIENT = 64  # requests, of those that run side by side
 
 FLOOR, AIM = 0.95, 0.98
 """Of the speed in process."""
@@ -32,8 +35,10 @@ _JAX_TAKES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _JAX_DEFAULT = 0.75  # of a GPU, where the environment says nothing
 
 
-def serve_flags(settings: EngineSettings, cache_dir: Path, environ: Mapping[str, str]) -> list[str]:
-    """Flags of lumen-serve for an engine with these settings.
+def serve_flags(
+    settings: EngineSettings, cache_dir: Path, environ: Mapping[str, str], replicas: int = 1
+) -> list[str]:
+    """Flags of lumen-serve for so many engines with these settings in its one worker.
 
     The sizes of calls are not among them: a worker derives them from its budget. cache_dir:
     Lumen's. environ: says how much of a GPU JAX takes; `memory_fraction` of the settings is of
@@ -46,7 +51,7 @@ def serve_flags(settings: EngineSettings, cache_dir: Path, environ: Mapping[str,
     flags: dict[str, Any] = {
         "model": settings.model,
         "max_model_len": settings.max_model_len,
-        "replicas": 1,
+        "replicas": replicas,
         "tensor_parallel": settings.tensor_parallel,
         "dtype": settings.dtype,
         "num_rows": settings.num_rows,
@@ -67,11 +72,22 @@ def serve_flags(settings: EngineSettings, cache_dir: Path, environ: Mapping[str,
 class GatewayEngine:
     """A running gateway as an `Engine`. Use as a context manager: it starts the clients.
 
-    address: of its gRPC. The others: as `Engine` has them.
+    address: of its gRPC. serve_pid: of lumen-serve; None: it is not known. The others: as `Engine`
+    has them. arrivals: of the last run, tokens that came to clients by `ARRIVALS_S` of
+    `time.perf_counter`.
     """
 
-    def __init__(self, address: str, vocab_size: int, max_requests: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        vocab_size: int,
+        max_requests: int,
+        max_tokens: int,
+        serve_pid: int | None = None,
+    ) -> None:
         self._address = address
+        self.serve_pid = serve_pid
+        self.arrivals: Counter[int] = Counter()
         self._clients: list[subprocess.Popen[str]] = []
         self.vocab_size = vocab_size
         self.max_requests = max_requests
@@ -97,12 +113,15 @@ class GatewayEngine:
         wanted = sum(job.output_tokens for job in jobs)
         if tokens != wanted:
             raise EngineError(f"The gateway brought {tokens} tokens, not {wanted}.")
+        self.arrivals.clear()
+        for answer in answers:
+            self.arrivals.update(dict(answer["arrivals"]))
         started = min(answer["started"] for answer in answers)
         return Run(max(answer["ended"] for answer in answers) - started, tokens, ())
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "tools.bench.engine.gateway_client", self._address]
-        for _ in range(CLIENTS):
+        for _ in range(min(-(-self.max_requests // _PER_CLIENT), MOST_CLIENTS)):
             self._clients.append(
                 subprocess.Popen(
                     command,
@@ -160,23 +179,31 @@ def _heard(client: subprocess.Popen[str]) -> Any:
 
 @contextlib.contextmanager
 def gateway_engine(
-    settings: EngineSettings, vocab_size: int, programs: Path, scratch: Path
+    settings: EngineSettings,
+    vocab_size: int,
+    programs: Path,
+    scratch: Path,
+    replicas: int = 1,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[GatewayEngine]:
-    """Start gateway and worker, and stop them in the end.
+    """Start a gateway and a worker with so many replicas, and stop them in the end.
 
     programs: the folder of compiled programs that an engine in this process uses: the worker uses
-    it too. scratch: a folder for what Lumen keeps beside them. Raises EngineError if they do not
-    start.
+    it too. scratch: a folder for what Lumen keeps beside them. environ: what is different there
+    from here. Raises EngineError if they do not start.
     """
     cache = scratch / "gateway"
-    cache.mkdir()
+    cache.mkdir(exist_ok=True)
     programs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (cache / "programs").symlink_to(programs.resolve())  # where lumen-serve has them
+    if not (cache / "programs").exists():
+        (cache / "programs").symlink_to(programs.resolve())  # where lumen-serve has them
+    flags = serve_flags(settings, cache, os.environ, replicas)
     try:
-        with running_server(serve_flags(settings, cache, os.environ), _environ()) as server:
+        with running_server(flags, {**_environ(), **(environ or {})}) as server:
             engine = GatewayEngine(
-                server.grpc, vocab_size, settings.num_rows, settings.max_model_len
-            )
+                server.grpc, vocab_size, replicas * settings.num_rows, settings.max_model_len,
+                server.process.pid,
+            )  # fmt: skip
             with engine:
                 yield engine
     except RuntimeError as error:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from serving.api.proto import lumen_v1_pb2 as pb
@@ -17,6 +18,9 @@ from tools.bench.load import run_open_loop
 from tools.bench.workload import Task
 
 READY = "ready"
+ARRIVALS_S = 0.05
+"""Tokens are counted by such parts of time: all moments would be as much to tell as the tokens."""
+
 _TIMEOUT_S = 600.0
 
 
@@ -43,10 +47,15 @@ async def _sent(client: GrpcClient, tasks: list[Task]) -> dict[str, Any]:
     one clock for all processes of a machine."""
     started = time.perf_counter()
     records = await run_open_loop(client, tasks, lambda: None)
+    arrivals: Counter[int] = Counter()
+    for record in records:
+        for at, count in record.arrivals:
+            arrivals[int(at / ARRIVALS_S)] += count
     return {
         "started": started,
         "ended": max(record.ended_at for record in records),
         "tokens": sum(len(record.tokens) for record in records),
+        "arrivals": sorted(arrivals.items()),
         "errors": [record.error for record in records if record.error],
     }
 

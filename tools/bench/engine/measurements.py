@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tools.bench.engine import bars, trace_latency
 from tools.bench.engine.bars import Bar
 from tools.bench.engine.engine import Engine, InProcessEngine, Run
@@ -24,9 +26,9 @@ _KERNELS = 25  # of a profile, in the results file and the table
 class Bench:
     """What all works are measured with.
 
-    barred: the bars apply: full sizes, on the model and dtype they are of. profile_dir: where
-    profiles are kept; None: nowhere. trace: for `itl`; None: none was given. byte_floor_ms: of a
-    step, by batch and context, where memory's speed is known.
+    barred: the bars apply: full sizes, on the model and dtype they are of. large: those of the
+    large model do. profile_dir: where profiles are kept; None: nowhere. trace: for `itl`; None:
+    none was given. byte_floor_ms: of a step, by batch and context, where memory's speed is known.
     """
 
     engine: Engine
@@ -36,6 +38,7 @@ class Bench:
     profile_dir: Path | None = None
     trace: TraceOptions | None = None
     byte_floor_ms: Callable[[int, int], float | None] = lambda batch, context: None
+    large: bool = False
 
     def bar(self, bar: Bar) -> Bar:
         """The bar, if it applies."""
@@ -81,9 +84,10 @@ def decode(bench: Bench) -> Iterator[Row]:
         floor = bench.byte_floor_ms(batch, sizes.context + (sizes.long + sizes.short) // 2)
         found = [steady_step(one.steps, batch) for one, _ in runs]
         steady = [one for one in found if one is not None]
+        bar = bars.large_decode(batch, floor) if bench.large else bench.bar(bars.decode(batch))
+        samples = [1e3 * (one.seconds - other.seconds) / extra for one, other in runs]
         yield measured(
-            name, "ms", [1e3 * (one.seconds - other.seconds) / extra for one, other in runs],
-            bench.bar(bars.decode(batch)), _decode_note(steady, floor),
+            name, "ms", samples, bar, _decode_note(steady, floor, float(np.median(samples))),
             byte_floor_ms=floor and round(floor, 4),
             long_s=[round(one.seconds, 4) for one, _ in runs],
             short_s=[round(other.seconds, 4) for _, other in runs],
@@ -99,13 +103,14 @@ def decode(bench: Bench) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _decode_note(steady: list[SteadyStep], floor: float | None) -> str:
+def _decode_note(steady: list[SteadyStep], floor: float | None, found: float) -> str:
     notes = []
     if steady:
         alone = min(one.step for one in steady)
         notes.append(f"whole batch decoding, nothing else: {alone:.4g} ms")
     if floor is not None:
-        notes.append(f"weights and KV at 4.25 TB/s: {floor:.4g} ms")
+        share = f"{floor / found:.0%} of that speed"
+        notes.append(f"weights and KV at 4.25 TB/s: {floor:.4g} ms, {share}")
     return "; ".join(notes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tools.bench.engine.step_clock import StepTime
 
 _MARGIN = 0.2  # of the traced time at both ends, where the trace starts and stops: left out
+_PLANE = "/device:GPU"
 _STREAM = "Stream"  # lines of a GPU's plane that hold what ran, one per stream
 
 
@@ -141,9 +142,10 @@ def _events(folder: Path) -> list[DeviceEvent]:
 
 
 def _events_of(file: Path) -> Iterable[DeviceEvent]:
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if plane.name.startswith("/device:GPU"):
-            for line in plane.lines:
-                if line.name.startswith(_STREAM):
-                    for event in line.events:
-                        yield DeviceEvent(event.start_ns, event.duration_ns, event.name)
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    found = sorted((one for one in planes if one.name.startswith(_PLANE)), key=lambda one: one.name)
+    for plane in found[:1]:  # of several devices the first: all do the same
+        for line in plane.lines:
+            if line.name.startswith(_STREAM):
+                for event in line.events:
+                    yield DeviceEvent(event.start_ns, event.duration_ns, event.name)

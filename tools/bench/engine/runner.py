@@ -5,7 +5,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import line, measured, not_measured
 from tools.bench.engine.start_up import StartUp, start
 from tools.bench.engine.trace_latency import TraceOptions
-from tools.bench.engine.works import FULL, SMOKE
+from tools.bench.engine.works import FULL, SMOKE, Sizes
 from tools.bench.summary import Row
 
 START = "start"
@@ -36,7 +36,8 @@ class Options:
     the cold and the warm start. command: that starts one, with all its flags. cache_dir: of
     compiled programs, for the engine measured; None: one that is thrown away. profile_dir: where
     profiles are kept. trace: what `itl` plays; None: it is not measured. gateway: works that are
-    measured through a gateway and a worker, too."""
+    measured through a gateway and a worker, too. batches: of (a), profiled: of `idle`; None: those
+    of `FULL`, of `idle` else batches."""
 
     settings: EngineSettings
     works: tuple[str, ...] = WORK_NAMES
@@ -48,6 +49,8 @@ class Options:
     profile_dir: Path | None = None
     trace: TraceOptions | None = None
     gateway: tuple[str, ...] = ()
+    batches: tuple[int, ...] | None = None
+    profiled: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in self.gateway:
@@ -67,6 +70,27 @@ class Options:
                 f"--pipeline_depth={self.settings.pipeline_depth}; it must be 2 to go through a "
                 "gateway, as a worker's is: give --gateway= to leave that out."
             )
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of all works."""
+        sizes = SMOKE if self.smoke else FULL
+        return replace(
+            sizes,
+            batches=self.batches or sizes.batches,
+            profiled=self.profiled or self.batches or sizes.profiled,
+        )
+
+    @property
+    def large(self) -> bool:
+        """Whether the bars of the large model apply."""
+        settings = self.settings
+        return (
+            not self.smoke
+            and settings.model == bars.LARGE_MODEL
+            and settings.dtype == "bfloat16"
+            and 1 < settings.tensor_parallel <= bars.LARGE_DEVICES
+        )
 
 
 @dataclass(slots=True)
@@ -171,7 +195,7 @@ def _through_gateway(options: Options, cache: Path, scratch: Path, outcome: Outc
     vocab_size = resolve_model(options.settings.model).source.config.vocab_size
     try:
         with gateway_engine(options.settings, vocab_size, cache, scratch) as engine:
-            bench = Bench(engine, SMOKE if options.smoke else FULL, options.reps, barred=False)
+            bench = Bench(engine, options.sizes, options.reps, barred=False)
             warm_up(bench)
             for name in options.gateway:
                 for one in WORKS[name](bench):
@@ -193,10 +217,9 @@ def _works(options: Options, cache: Path, barred: bool, outcome: Outcome) -> Non
             tokens = outcome.facts["kv_tokens"]
             assert isinstance(tokens, int)
             outcome.add(_capacity_row(tokens, barred))
-        sizes = SMOKE if options.smoke else FULL
         bench = Bench(
-            engine, sizes, options.reps, barred, options.profile_dir, options.trace,
-            _byte_floor(options.settings),
+            engine, options.sizes, options.reps, barred, options.profile_dir, options.trace,
+            _byte_floor(options.settings), options.large,
         )  # fmt: skip
         warm_up(bench)
         for name in options.works:
@@ -226,10 +249,10 @@ def _byte_floor(settings: EngineSettings) -> Callable[[int, int], float | None]:
 @contextlib.contextmanager
 def _engine(options: Options, cache: Path, outcome: Outcome) -> Iterator[InProcessEngine]:
     built = build(options.settings, cache)
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], options.settings.tensor_parallel
     memory = device.memory_stats() or {}
     outcome.facts.update(
-        device=device.device_kind,
+        device=f"{count} x {device.device_kind}" if count > 1 else device.device_kind,
         kv_tokens=built.kv_tokens,
         this_start_s=round(built.seconds, 2),
         peak_bytes_after_start=memory.get("peak_bytes_in_use"),

@@ -19,6 +19,9 @@ _BLOCK = flags.DEFINE_integer("block_size", 64, "Tokens of one KV block.")
 _CHUNKS = flags.DEFINE_list(
     "chunks", ["128", "256", "512", "1024", "2048", "4096"], "Sizes of prefill calls, ascending."
 )
+_BATCH_SIZES = flags.DEFINE_list(
+    "batch_sizes", [], "Sizes of decode batches, ascending, the last one --num_rows. Default: many."
+)
 _PREFILLS = flags.DEFINE_integer(
     "max_prefills", 32, "Prompts that one step prefills, packed together."
 )
@@ -35,13 +38,8 @@ _CACHE = flags.DEFINE_string("cache_dir", "", "Folder of compiled programs. Empt
 def engine_settings(
     *, step_tokens: int | None = None, decode_steps: int = 1, pipeline_depth: int = 2
 ) -> EngineSettings:
-    """What the flags say. Raises ConfigurationError if the chunks are no numbers."""
-    try:
-        chunks = tuple(int(size) for size in _CHUNKS.value)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--chunks={','.join(_CHUNKS.value)}; it must be whole numbers, ascending."
-        ) from error
+    """What the flags say. Raises ConfigurationError if sizes are no numbers."""
+    chunks, batch_sizes = _numbers(_CHUNKS), _numbers(_BATCH_SIZES)
     if not chunks:
         raise ConfigurationError("--chunks is empty; name at least one size of prefill calls.")
     return EngineSettings(
@@ -51,6 +49,7 @@ def engine_settings(
         num_rows=_ROWS.value,
         block_size=_BLOCK.value,
         prefill_buckets=chunks,
+        batch_sizes=batch_sizes or None,
         mixed_calls=gpu_mixed_calls(_ROWS.value, chunks[-1]) if _MIXED.value else (),
         max_prefills=_PREFILLS.value,
         memory_fraction=_MEMORY.value,
@@ -61,6 +60,15 @@ def engine_settings(
         compile_threads=_THREADS.value,
         tensor_parallel=_TENSOR.value,
     )
+
+
+def _numbers(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in flag.value)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--{flag.name}={','.join(flag.value)}; it must be whole numbers, ascending."
+        ) from error
 
 
 def cache_dir() -> Path | None:

@@ -20,6 +20,9 @@ NOTHING = -1e30
 
 LOG2E = math.log2(math.e)
 
+PART = 16
+"""Positions: of a block that is a tile, only so many at a time are loaded where a sequence ends."""
+
 _RING_BYTES = 192 * 1024  # of the 227 KB of a core: three tiles of K and V of 128 per worker
 _I32 = jnp.int32
 
@@ -79,7 +82,7 @@ class Kernel:
 
     @property
     def joined(self) -> bool:
-        """Whether a slot is a tile: one copy for K and V."""
+        """Whether a slot is a tile: one copy for K and V, or two of what is needed of it."""
         return self.arena.block_size == TILE and not self.arena.packed
 
     @property
@@ -117,7 +120,8 @@ def scratch_types(kernel: Kernel, dtype: Any) -> dict[str, Any]:
     results = plgpu.SMEM((slots, 2 * TILE, kernel.head_dim), dtype)
     partials = plgpu.SMEM((slots, TILE, kernel.head_dim), jnp.float32)
     queries = kernel.workers * kernel.query_buffers
-    copies = kernel.pages
+    # A joined tile comes in one copy and an arrival without one, or in two.
+    copies = 2 if kernel.joined else kernel.pages
     scratch = {
         "ring": plgpu.RefUnion(tiles, results, partials),
         "q_smem": plgpu.SMEM((kernel.query_rows, kernel.head_dim), dtype, transforms=operand),

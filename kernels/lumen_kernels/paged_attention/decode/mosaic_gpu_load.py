@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lumen_kernels.paged_attention.decode import mosaic_gpu_schedule as plan
 from lumen_kernels.paged_attention.decode.mosaic_gpu_kernel import (
+    PART,
     Item,
     Kernel,
     Refs,
@@ -28,7 +29,27 @@ def load(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> None:
     base = local * _I32(stages)
     offset = r.layer_offset[0]
 
-    def fetch(slot: jax.Array, place: int, source: jax.Array, at: Any, rows: int) -> None:
+    def fetch_joined(page: Any, slot: jax.Array, seen: jax.Array) -> None:
+        """K and V of one slot of the arena, of which the first `seen` positions matter."""
+        tile, ready = r.tiles.at[slot], r.k_ready.at[slot]
+
+        @pl.when(seen > TILE - PART)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(page, tile, ready)
+            plgpu.barrier_arrive(ready)
+
+        # A sequence's last block is half full on average; what is behind its end is left out.
+        for rows in range(PART, TILE, PART):
+
+            @pl.when((seen > rows - PART) & (seen <= rows))
+            def _(rows: int = rows) -> None:
+                for first in (0, TILE):
+                    part = pl.ds(first, rows)
+                    plgpu.copy_gmem_to_smem(page.at[part], tile.at[part], ready)
+
+    def fetch(
+        slot: jax.Array, place: int, source: jax.Array, at: Any, rows: int, seen: jax.Array
+    ) -> None:
         """K and V of `rows` positions of one slot of the arena, from `at` on."""
         for index, (first, count) in enumerate(
             zip(kernel.arena.first_slots, kernel.arena.slots, strict=True)
@@ -39,9 +60,7 @@ def load(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> None:
                 page = source - first
                 here = pl.ds(place, rows)
                 if kernel.joined:
-                    plgpu.copy_gmem_to_smem(
-                        r.pages[index].at[page], r.tiles.at[slot], r.k_ready.at[slot]
-                    )
+                    fetch_joined(r.pages[index].at[page], slot, seen)
                     return
                 if packed:
                     plgpu.copy_gmem_to_smem(
@@ -106,7 +125,8 @@ def load(kernel: Kernel, r: Refs, worker: jax.Array, local: jax.Array) -> None:
 
             for copy, entry in enumerate(entries):
                 rows = min(block, TILE)
-                fetch(slot, copy * rows, entry + offset + head, at, rows)
+                seen_here = length - j * _I32(TILE)
+                fetch(slot, copy * rows, entry + offset + head, at, rows, seen_here)
             return t + 1
 
         return lax.fori_loop(item.low, item.high, tile, t)

@@ -5,7 +5,9 @@ heads of one KV head, or, if the heads of a KV head are odd in number, of 128 to
 each of two consumer warpgroups holds 64 rows of it. A producer warpgroup brings K and V pages
 through rings in shared memory. A consumer issues the scores of tile j + 1 and the sum over tile
 j's values together, and the two consumers take turns in that, so that one exponentiates while the
-tensor cores work for the other. Keys are folded in tiles at fixed positions, in ascending order,
+tensor cores work for the other. Where a KV head has four query heads or another multiple, two
+programs of a cluster take two of them each and load one half of every tile for both: that saves L2
+reads, and the power they take. Keys are folded in tiles at fixed positions, in ascending order,
 so that a token's result does not depend on how its prompt was cut into chunks.
 """
 
@@ -114,8 +116,10 @@ def attend(
         lambda *refs: _body(plan, halves, refs),
         out_type=out_type,
         scratch_types=plan.scratch(),
-        grid=(target.cores,),
-        grid_names=("core",),
+        grid=(target.cores // plan.programs,),
+        grid_names=("cluster",),
+        cluster=(plan.programs,),
+        cluster_names=("pair",),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name="paged_prefill",

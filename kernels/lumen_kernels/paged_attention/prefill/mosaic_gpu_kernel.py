@@ -27,11 +27,15 @@ class Tuning:
 
     key_tile: keys folded at once. stages: tiles of K, and of V, in flight. turns: consumers issue
     products in turns. overlap: exponentiate while the sum over the tile before is still running.
-    shared: the output leaves through the queries' buffer, to save memory.
+    shared: the output leaves through the queries' buffer, to save memory. paired: two programs, a
+    cluster, take two items of one KV head and one tile, and load keys and values for each other.
 
     TFLOP/s on one H200 (2026-11-25, 32/8 heads of 128, blocks of 64, XLA's best product 758), for
     16,384 tokens and for 2,048 behind 14,336: turns alone 594 and 560; neither turns nor overlap
     592 and 540. With three stages and `shared`, 16,384 tokens: neither 598, overlap 551, both 558.
+    Later, on another one and under its power limit, in turns with each other, 4,096 tokens behind
+    0, 4,096 and 12,288: turns alone 552, 571 and 578; `paired` 563, 592 and 600, and with three
+    stages and `shared` 556, 582 and 596.
     """
 
     key_tile: int = 128
@@ -39,6 +43,7 @@ class Tuning:
     turns: bool = True
     overlap: bool = False
     shared: bool = False
+    paired: bool = False
     producer_registers: int = 40
     consumer_registers: int = 232
 
@@ -49,7 +54,7 @@ class Tuning:
 
 TUNINGS = {
     64: Tuning(stages=4),
-    128: Tuning(),
+    128: Tuning(paired=True),
     256: Tuning(key_tile=64, shared=True),
 }
 """By head_dim."""
@@ -87,6 +92,17 @@ class Plan:
         return self.heads // self.tile_heads
 
     @property
+    def programs(self) -> int:
+        """Of a cluster: one, or two that read the same keys and values."""
+        in_pairs = self.group // self.tile_heads % 2 == 0 and self.options.target.cores % 2 == 0
+        return 2 if self.tuning.paired and in_pairs else 1
+
+    @property
+    def load_axis(self) -> str | None:
+        """Axis of programs that load for each other; the interpreter does not know such copies."""
+        return "pair" if self.programs > 1 and not self.options.target.interpret else None
+
+    @property
     def pages_per_tile(self) -> int:
         """Copies per tile of keys."""
         return max(self.tuning.key_tile // self.shape.block_size, 1)
@@ -103,7 +119,13 @@ class Plan:
         staging = plgpu.SMEM((CONSUMERS, ROWS, head_dim), jnp.bfloat16)
         ring = tiles(tuning.stages, tuning.key_tile)
         loaded = plgpu.Barrier(num_arrivals=self.pages_per_tile, num_barriers=tuning.stages)
-        freed = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
+        freed: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
+        if self.load_axis:
+            freed = plgpu.ClusterBarrier(
+                collective_axes=(self.load_axis,),
+                num_arrivals=CONSUMERS,
+                num_barriers=tuning.stages,
+            )
         buffers = [plgpu.RefUnion(queries, staging)] if tuning.shared else [queries, staging]
         lse = [plgpu.SMEM((CONSUMERS, ROWS), jnp.float32)] if self.options.with_lse else []
         return [
@@ -125,23 +147,25 @@ def for_each_item(
 ) -> Any:
     """Call body(tile, first query head, carry) for this program's items; returns the carry.
 
-    Items lie in order of cost. Programs take them there and back, so that whoever got the longest
-    of one round gets the shortest of the next.
+    Items lie in order of cost. Clusters take them there and back, so that whoever got the longest
+    of one round gets the shortest of the next. The programs of a cluster take neighbours.
     """
-    programs = plan.options.target.cores
-    program = lax.axis_index("core").astype(jnp.int32)
-    units = jnp.int32(plan.units)
+    clusters = plan.options.target.cores // plan.programs
+    cluster = lax.axis_index("cluster").astype(jnp.int32)
+    among = lax.axis_index("pair").astype(jnp.int32)
+    units = jnp.int32(plan.units // plan.programs)
     total = tiles[0, work.COUNT] * units
 
     def place(turn: jax.Array) -> jax.Array:
-        return jnp.where(turn % 2 == 0, program, programs - 1 - program)
+        return jnp.where(turn % 2 == 0, cluster, clusters - 1 - cluster)
 
-    whole = lax.div(total, jnp.int32(programs))
-    turns = whole + (place(whole) < lax.rem(total, jnp.int32(programs))).astype(jnp.int32)
+    whole = lax.div(total, jnp.int32(clusters))
+    turns = whole + (place(whole) < lax.rem(total, jnp.int32(clusters))).astype(jnp.int32)
 
     def step(turn: jax.Array, carry: Any) -> Any:
-        item = turn * programs + place(turn)
-        return body(lax.div(item, units), lax.rem(item, units) * plan.tile_heads, carry)
+        item = turn * clusters + place(turn)
+        unit = lax.rem(item, units) * plan.programs + among
+        return body(lax.div(item, units), unit * plan.tile_heads, carry)
 
     return lax.fori_loop(jnp.int32(0), turns, step, carry)
 

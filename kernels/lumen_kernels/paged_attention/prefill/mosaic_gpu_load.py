@@ -46,9 +46,19 @@ def load(
         return tuple(tables[row, block] for block in blocks)
 
     def copy(
-        ring: Any, turn_slot: Any, bases: Any, head: Any, tile: Any, half: int, to: Any
+        ring: Any,
+        turn_slot: Any,
+        bases: Any,
+        head: Any,
+        tile: Any,
+        half: int,
+        to: Any,
+        axis: str | None = plan.load_axis,
     ) -> None:
-        """Start the copies of one tile of keys or values; `to` is the barrier they arrive at."""
+        """Start the copies of one tile of keys or values; `to` is the barrier they arrive at.
+
+        axis: of the programs that load it together.
+        """
         rows = min(key_tile, block_size)
         source_rows = pl.ds(0, block_size)
         if block_size > key_tile:
@@ -63,7 +73,13 @@ def load(
             ):
                 local = slot - begin
                 source = pages[index].at[local if halves == 1 else local * 2 + half]
-                start = partial(plgpu.copy_gmem_to_smem, source.at[source_rows, lanes], into, to)
+                start = partial(
+                    plgpu.copy_gmem_to_smem,
+                    source.at[source_rows, lanes],
+                    into,
+                    to,
+                    collective_axes=axis,
+                )
                 if len(pages) == 1:
                     start()
                 else:
@@ -86,7 +102,8 @@ def load(
         @pl.when(valid < key_tile)
         def part() -> None:
             # What lies behind the context may be NaN, which a weight of zero does not remove.
-            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded)
+            # Every program loads it for itself: none may change what another still writes to.
+            copy(v_ring, slot, bases, head, tile, 1, ragged_loaded, axis=None)
             plgpu.barrier_wait(ragged_loaded)
             _clear_from(v_ring, slot, key_tile, head_dim, valid)
             plgpu.commit_smem()
@@ -127,10 +144,13 @@ def load(
         return turn
 
     for_each_item(plan, tiles, item, jnp.int32(0))
-    if plan.options.target.interpret:  # it wants every arrival awaited
+    if plan.options.target.interpret or plan.load_axis:
+        # The interpreter wants every arrival awaited. The chip does not mind, but no program may
+        # end while another of its cluster still signals it.
         for slot in range(stages):
             plgpu.barrier_wait(k_freed.at[slot])
             plgpu.barrier_wait(v_freed.at[slot])
+    if plan.options.target.interpret:
         for consumer in range(CONSUMERS):
             plgpu.barrier_wait(q_freed.at[consumer])
 

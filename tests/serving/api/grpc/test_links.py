@@ -82,9 +82,9 @@ async def test_a_gateway_that_talks_nonsense_loses_its_link_only(deploy, greedy,
     deployment = await deploy()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{deployment.port}") as channel:
         call = pb_grpc.WorkerLinkStub(channel).Connect()
-        hello = await call.read()
-        assert hello.hello.worker_id == "worker-0"
-        await call.write(pb.ToWorker())
+        batch = await call.read()
+        assert batch.messages[0].hello.worker_id == "worker-0"
+        await call.write(pb.WorkerBatch(messages=[pb.ToWorker()]))
         _, error = await calls.read_until_error(call)
     assert error.code() == grpc.StatusCode.ABORTED
     assert "of one version" in caplog.text
@@ -101,7 +101,7 @@ class FakeWorker(pb_grpc.WorkerLinkServicer):
 
     async def Connect(self, request_iterator, context):
         self.links += 1
-        await context.write(self.says)
+        await context.write(pb.GatewayBatch(messages=[self.says]))
         if self.links == 2:
             self.linked_twice.set()
         await asyncio.Event().wait()
@@ -132,11 +132,7 @@ class FakeGateway:
     [
         pytest.param(pb.ToGateway(), 0, id="nothing known here"),
         pytest.param(
-            pb.ToGateway(
-                outputs=pb.StepOutputs(
-                    outputs=[pb.RequestOutput(logprobs=[pb.TokenLogprobs(top_ids=[1])])]
-                )
-            ),
+            pb.ToGateway(outputs=pb.StepOutputs(request_ids=["r"], attempts=[1, 2])),
             0,
             id="contradictions",
         ),
@@ -170,11 +166,22 @@ async def test_an_outbox_gives_messages_in_order_and_ends():
     await asyncio.sleep(0)
     outbox.close()
     outbox.put(4)
-    assert await reading == [1, 2, 3]
+    assert await reading == [[1], [2, 3]]
 
 
 async def collect(outbox):
-    return [message async for message in outbox]
+    return [messages async for messages in outbox]
+
+
+async def test_what_waits_travels_together_up_to_a_limit():
+    outbox = Outbox("a peer")
+    for number in range(150):
+        outbox.put(number)
+    batches = [await anext(outbox) for _ in range(3)]
+    assert [len(batch) for batch in batches] == [64, 64, 22]
+    assert [number for batch in batches for number in batch] == list(range(150))
+    outbox.put(150)
+    assert await anext(outbox) == [150]
 
 
 async def test_a_peer_that_does_not_read_breaks_its_outbox(caplog):

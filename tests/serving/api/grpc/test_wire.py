@@ -189,10 +189,50 @@ def test_the_senders_deadline_stays_at_home():
         (wire.to_worker_from_pb, pb.ToWorker(submit=pb.SubmitRequest(priority=9))),
         (
             wire.to_gateway_from_pb,
-            pb.ToGateway(outputs=pb.StepOutputs(outputs=[pb.RequestOutput(finish=9)])),
+            pb.ToGateway(
+                outputs=pb.StepOutputs(
+                    request_ids=["r"],
+                    attempts=[1],
+                    start_indices=[0],
+                    token_counts=[0],
+                    cached_tokens=[0],
+                    details=[pb.OutputDetails(finish=9)],
+                )
+            ),
         ),
     ],
 )
 def test_what_a_newer_peer_says_is_refused_by_name(decode, message):
     with pytest.raises(InvalidRequestError, match="of one version"):
         decode(message)
+
+
+def columns(**others):
+    whole = {
+        "request_ids": ["r"], "attempts": [1], "start_indices": [0], "token_counts": [2],
+        "cached_tokens": [0], "tokens": [5, 6],
+    }  # fmt: skip
+    return pb.ToGateway(outputs=pb.StepOutputs(**{**whole, **others}))
+
+
+def test_columns_give_outputs():
+    (output,) = wire.to_gateway_from_pb(columns()).outputs
+    assert output == RequestOutput("r", 1, 0, (5, 6))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"attempts": [1, 2]},
+        {"cached_tokens": []},
+        {"tokens": [5]},
+        {"tokens": [5, 6, 7]},
+        {"details": [pb.OutputDetails(output=1)]},
+        {"details": [pb.OutputDetails(output=-1)]},
+        {"details": [pb.OutputDetails(logprobs=[pb.TokenLogprobs(top_ids=[1])])]},
+    ],
+    ids=str,
+)
+def test_columns_that_contradict_each_other_are_refused(others):
+    with pytest.raises(ValueError, match=r"argument|tokens|details"):
+        wire.to_gateway_from_pb(columns(**others))
