@@ -112,6 +112,7 @@ def _profile(settings: EngineSettings, built: Built, times: list[GridTimes], fou
             max_prefills=limits.max_prefills,
             prefill_buckets=settings.prefill_buckets,
             mixed_calls=settings.mixed_calls,
+            batch_sizes=executor_config(settings, None).decode_buckets,
         ),
         cost=found.model,
         moves=Moves(

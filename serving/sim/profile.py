@@ -40,6 +40,7 @@ class ProfileExecutor:
     max_prefills: int
     prefill_buckets: tuple[int, ...]
     mixed_calls: tuple[tuple[int, int], ...]
+    batch_sizes: tuple[int, ...] | None = None
 
     def config(self) -> DeviceExecutorConfig:
         """Its sizes of batches and calls. Raises ConfigurationError."""
@@ -52,6 +53,7 @@ class ProfileExecutor:
             max_prefills=self.max_prefills,
             prefill_buckets=self.prefill_buckets,
             mixed_calls=self.mixed_calls,
+            batch_sizes=self.batch_sizes,
         )
 
 

@@ -82,7 +82,7 @@ def test_smoke_run_writes_a_profile(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Held out:" in done.stdout
     profile = read_profile(path)
-    assert (profile.name, profile.executor.num_rows) == ("tiny", 4)
+    assert (profile.name, profile.executor.batch_sizes) == ("tiny", (1, 2, 4))
     assert profile.cost.mixed_s is not None
     assert profile.moves.kv_bytes_per_token > 0
     assert len(profile.measured) >= 10
