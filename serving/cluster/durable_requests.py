@@ -16,7 +16,7 @@ from serving.cluster.gateway_requests import Phase, Placement, RequestRecord
 from serving.cluster.generation import GenerationRequest
 from serving.cluster.messages import FetchOutput, SubmitRequest, ToWorker
 from serving.cluster.scheduler_core import SchedulerCore, WorkerState
-from serving.cluster.timers import Timers
+from serving.cluster.timers import Timers, earlier
 from serving.engine.request import FinishReason, RequestOutput
 from serving.errors import InternalError
 
@@ -305,8 +305,7 @@ class DurableRequests:
 
     def next_due(self) -> float | None:
         """When `tick` is due."""
-        due = [self._timers.next_due(), self.ledger.next_due()]
-        return min((time for time in due if time is not None), default=None)
+        return earlier(self._timers.next_due(), self.ledger.next_due())
 
     def tick(self) -> None:
         """Do what is due."""

@@ -35,7 +35,7 @@ from serving.cluster.messages import (
     WorkerHello,
 )
 from serving.cluster.scheduler_core import DispatchRecord, SchedulerCore, WorkerState
-from serving.cluster.timers import Timers
+from serving.cluster.timers import Timers, earlier
 from serving.engine.request import FinishReason
 from serving.errors import (
     DrainingError,
@@ -44,6 +44,7 @@ from serving.errors import (
     RequestExistsError,
     UnknownRequestError,
 )
+from serving.policy.dispatch import Dispatch, dispatch
 
 type LinkTimer = tuple[str, str]  # ("heartbeat", "") or ("worker", worker_id)
 
@@ -57,12 +58,15 @@ REFUSALS = (
 
 
 class GatewayCore:
-    """Durable requests over a changing fleet. Sans I/O: events and effects in `gateway_events`."""
+    """Durable requests over a changing fleet. Sans I/O: events and effects in `gateway_events`.
 
-    def __init__(self, config: GatewayConfig) -> None:
+    policy: picks the replica of a request.
+    """
+
+    def __init__(self, config: GatewayConfig, policy: Dispatch = dispatch) -> None:
         self._config = config
         self._effects: list[GatewayEffect] = []
-        self._scheduler = SchedulerCore(config.decisions_kept)
+        self._scheduler = SchedulerCore(config.decisions_kept, policy)
         self._requests = DurableRequests(config, self._scheduler, self._effects)
         self._timers: Timers[LinkTimer] = Timers()
         self._timers.arm(("heartbeat", ""), 0.0)
@@ -73,8 +77,7 @@ class GatewayCore:
 
     def next_due(self) -> float | None:
         """When the next GatewayTick is due, on the clock of `now`."""
-        due = [self._timers.next_due(), self._requests.next_due()]
-        return min((time for time in due if time is not None), default=None)
+        return earlier(self._timers.next_due(), self._requests.next_due())
 
     def info(self) -> GatewayInfo:
         """The current state, for clients and metrics."""

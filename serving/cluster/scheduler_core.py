@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from serving.cluster.messages import ReplicaInfo, WorkerHello
 from serving.cluster.worker_messages import idle_load
-from serving.policy.dispatch import Placement, dispatch
-from serving.policy.snapshot import FleetSnapshot, PlacedRequest, ReplicaLoad, WorkerLoad
+from serving.policy.dispatch import Dispatch, Placement, dispatch
+from serving.policy.snapshot import FleetSnapshot, PlacedRequests, ReplicaLoad, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class DispatchRecord:
 class Underway:
     """A placed request until a report shows it. `seen`: its worker accepted it."""
 
-    placed: PlacedRequest
+    replica: int
+    context_tokens: int
     seen: bool = False
 
 
@@ -46,12 +47,42 @@ class WorkerState:
     heard_at: float
     lost_at: float | None = None
     underway: dict[tuple[str, int], Underway] = field(default_factory=dict)
+    placed: dict[int, PlacedRequests] = field(default_factory=dict)  # those, summed by replica
+    limits: dict[int, int] = field(init=False)  # context_limit by replica
+
+    def __post_init__(self) -> None:
+        """Work out what every placement asks for."""
+        self.limits = {info.replica: context_limit(info) for info in self.hello.replicas}
+
+    def place(self, key: tuple[str, int], replica: int, context_tokens: int) -> None:
+        """An attempt is on its way to a replica."""
+        self.underway[key] = Underway(replica, context_tokens)
+        self._count(replica, context_tokens, 1)
+
+    def release(self, key: tuple[str, int]) -> None:
+        """It is not any more, or a report shows it."""
+        gone = self.underway.pop(key, None)
+        if gone is not None:
+            self._count(gone.replica, -gone.context_tokens, -1)
+
+    def _count(self, replica: int, context_tokens: int, requests: int) -> None:
+        placed = self.placed.get(replica)
+        if placed is not None:
+            context_tokens += placed.context_tokens
+            requests += placed.requests
+        if requests:
+            self.placed[replica] = PlacedRequests(
+                self.hello.worker_id, replica, context_tokens, requests
+            )
+        else:
+            del self.placed[replica]
 
 
 class SchedulerCore:
     """Who is in the fleet, how loaded each is, and who takes the next request. Sans I/O."""
 
-    def __init__(self, decisions_kept: int) -> None:
+    def __init__(self, decisions_kept: int, policy: Dispatch = dispatch) -> None:
+        self._policy = policy
         self._workers: dict[str, WorkerState] = {}
         self._decisions: deque[DispatchRecord] = deque(maxlen=decisions_kept)
 
@@ -91,7 +122,8 @@ class SchedulerCore:
         """A load report: what was accepted before it is contained in it."""
         worker.replicas = loads
         worker.reported_at = now
-        worker.underway = {key: it for key, it in worker.underway.items() if not it.seen}
+        for key in [key for key, it in worker.underway.items() if it.seen]:
+            worker.release(key)
 
     def accepted(self, worker: WorkerState, request_id: str, attempt: int) -> None:
         """The next report will contain this attempt."""
@@ -103,7 +135,7 @@ class SchedulerCore:
         """This attempt is no longer on that worker."""
         worker = self._workers.get(worker_id)
         if worker is not None:
-            worker.underway.pop((request_id, attempt), None)
+            worker.release((request_id, attempt))
 
     def place(
         self, request_id: str, attempt: int, context_tokens: int, priority: int, now: float
@@ -113,27 +145,20 @@ class SchedulerCore:
         # A request that filled the largest replica goes to one of that size, which ends it.
         needed = min(context_tokens + 1, largest) if largest is not None else context_tokens + 1
         fleet = self.snapshot(needed)
-        placement = dispatch(fleet, context_tokens, priority)
+        placement = self._policy(fleet, context_tokens, priority)
         self._decisions.append(
             DispatchRecord(now, request_id, attempt, context_tokens, priority, fleet, placement)
         )
         if placement is None:
             return None
         worker = self._workers[placement.worker_id]
-        placed = PlacedRequest(placement.worker_id, placement.replica, context_tokens)
-        worker.underway[request_id, attempt] = Underway(placed)
+        worker.place((request_id, attempt), placement.replica, context_tokens)
         return worker, placement.replica
 
     def largest_context(self) -> int | None:
         """Tokens of the longest request that a known replica holds; None if none is known."""
-        return max(
-            (
-                context_limit(info)
-                for worker in self._workers.values()
-                for info in worker.hello.replicas
-            ),
-            default=None,
-        )
+        limits = [limit for worker in self._workers.values() for limit in worker.limits.values()]
+        return max(limits, default=None)
 
     def ready(self) -> bool:
         """A healthy replica that takes requests is connected."""
@@ -146,19 +171,18 @@ class SchedulerCore:
     def snapshot(self, context_tokens: int = 0) -> FleetSnapshot:
         """The connected workers, with the replicas that hold `context_tokens`."""
         workers = []
-        underway: list[PlacedRequest] = []
+        placed: list[PlacedRequests] = []
         for worker in self.connected():
-            fits = {
-                info.replica: context_limit(info) >= context_tokens
-                for info in worker.hello.replicas
-            }
-            loads = tuple(load for load in worker.replicas if fits.get(load.replica, False))
+            limits = worker.limits
+            loads = tuple(
+                load for load in worker.replicas if limits.get(load.replica, -1) >= context_tokens
+            )
             hello = worker.hello
             workers.append(
                 WorkerLoad(hello.worker_id, hello.incarnation, loads, worker.reported_at)
             )
-            underway.extend(it.placed for it in worker.underway.values())
-        return FleetSnapshot(tuple(workers), tuple(underway))
+            placed.extend(worker.placed.values())
+        return FleetSnapshot(tuple(workers), tuple(placed))
 
     def decisions(self) -> tuple[DispatchRecord, ...]:
         """The last placements, oldest first."""

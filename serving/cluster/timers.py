@@ -33,11 +33,19 @@ class Timers[Key: Hashable]:
         """The key will come out of `pop_due`."""
         return key in self._due
 
+    def due(self, key: Key) -> float | None:
+        """When the key comes out of `pop_due`, if it does."""
+        return self._due.get(key)
+
     def next_due(self) -> float | None:
         """The earliest due time."""
-        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        heap, due = self._heap, self._due
+        while heap:
+            first = heap[0]
+            if due.get(first[2]) == first[0]:
+                return first[0]
+            heapq.heappop(heap)
+        return None
 
     def pop_due(self, now: float) -> list[Key]:
         """Disarm and return every key due at `now` or before."""
@@ -47,3 +55,10 @@ class Timers[Key: Hashable]:
             del self._due[key]
             keys.append(key)
         return keys
+
+
+def earlier(one: float | None, other: float | None) -> float | None:
+    """The earlier of two due times; None: never."""
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)

@@ -15,7 +15,7 @@ from serving.cluster.messages import (
     ToGateway,
     ToWorker,
 )
-from serving.cluster.timers import Timers
+from serving.cluster.timers import Timers, earlier
 from serving.cluster.worker_attempts import Attempt, AttemptKey
 from serving.cluster.worker_events import (
     DrainWorker,
@@ -76,8 +76,13 @@ class WorkerCore:
 
     def next_due(self) -> float | None:
         """When the next WorkerTick is due, on the clock of `now`."""
-        due = [self._timers.next_due(), self._fences.next_due()]
-        return min((time for time in due if time is not None), default=None)
+        return earlier(self._timers.next_due(), self._fences.next_due())
+
+    def report_due(self) -> float:
+        """When the loads of the replicas are reported next."""
+        due = self._timers.due(("report", "", 0))
+        assert due is not None
+        return due
 
     def is_idle(self) -> bool:
         """Nothing runs here and no output is kept."""

@@ -43,7 +43,7 @@ class ActiveRequest:
     arrival: position in the order of arrival; decides within a class.
     tokens: prompt and generated tokens, those of earlier attempts included.
     end_len: len(tokens) at which it ends for its length.
-    check_len: len(tokens) at which more than the stop tokens must be looked at.
+    check_len: len(tokens) at which more than the stop tokens must be looked at; 0: always.
     stops: tokens that end it. mask: forbids them; None if there are none or min_tokens is 0.
     cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
     chain: prefix-cache keys of the whole blocks of `tokens`, as far as they were needed.
@@ -76,6 +76,9 @@ class ActiveRequest:
     prefilled: int = 0
     last_step: int = 0
     waiting_tokens: int = 0
+    preemptions: int = 0
+    published: int = 0
+    publish_at: int = 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -99,6 +102,10 @@ class ActiveRequest:
                 f"Request {self.request_id} (attempt {self.attempt}) cannot go from "
                 f"{self.state.value} to {to.value}."
             )
+        if to is RequestState.WAITING:
+            self.preemptions += 1
+        elif to is RequestState.ENDED:
+            self.check_len = 0
         self.state = to
 
 

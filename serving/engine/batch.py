@@ -4,6 +4,7 @@ Everything a steady decode step does here is a handful of numpy calls on [rows] 
 """
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +62,10 @@ class Batch:
         if self._members is None:
             rows = np.flatnonzero(self._decoding).astype(np.int32)
             rows.setflags(write=False)
-            requests = [self._owner(row) for row in rows.tolist()]
+            owners = [self.requests[row] for row in rows.tolist()]
+            requests = [request for request in owners if request is not None]
+            if len(requests) != len(owners):
+                raise InternalError("A row decodes but has no request.")
             self._members = (rows, requests)
         return self._members
 
@@ -173,6 +177,36 @@ class Batch:
         self._last_step[rows] = step_id
         for row in rows[self._left[rows] <= 0].tolist():
             self._set_decoding(row, self._owner(row).priority, False)
+
+    def coast(self, steps: int, step_id: int, before_growth: Callable[[int], None]) -> TableUpdate:
+        """So many plans in which all that can decode do; the last of them is `step_id`.
+
+        Blocks come to the rows in the order of plans, and within one to those who came first.
+        before_growth is told, before a row gets a block, how many results have come back. Returns
+        the table entries of all of it. The caller made sure that there are blocks, and that every
+        row may sample as often.
+        """
+        rows, requests = self.members()
+        size = self._memory.block_size
+        room = self._capacity[rows] - self._kv_planned[rows]
+        growing: list[tuple[int, tuple[int, int], ActiveRequest]] = []
+        for index in np.flatnonzero(room < steps).tolist():
+            request = requests[index]
+            at = range(int(room[index]), steps, size)
+            growing += [(step, request.order, request) for step in at]
+        growing.sort(key=lambda growth: growth[:2])
+        for step, _, request in growing:
+            before_growth(step + 1)
+            self.grow(request, 1)
+        self.advance_decodes(rows, steps, step_id)
+        return self.take_changes()[1]
+
+    def blocks_to_coast(self, steps: int) -> int:
+        """Blocks that `coast` takes."""
+        rows, _ = self.members()
+        size = self._memory.block_size
+        short = self._kv_planned[rows] + steps - self._capacity[rows]
+        return int((-(-np.maximum(short, 0) // size)).sum())
 
     def give_back(self, request: ActiveRequest, steps: int) -> None:
         """A plan ended so many steps early: the row may sample those tokens again."""

@@ -29,6 +29,8 @@ class EngineConfig:
     watermark: share of the blocks that stays available when a request is admitted beside others,
         so that it is not preempted right away by their growth.
     prefix_caching: reuse the KV of equal prefixes.
+    publish_every: tokens of one output, the first and the last ones of a request excepted, which
+        never wait, and those with log-probabilities; more than 1 where nobody looks at each token.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -41,6 +43,7 @@ class EngineConfig:
     prefill_first: bool = True
     watermark: float = 0.01
     prefix_caching: bool = True
+    publish_every: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigurationError."""
@@ -52,9 +55,14 @@ class EngineConfig:
             raise ConfigurationError(
                 f"decode_steps is {self.decode_steps}; it must be 1 or more steps per plan."
             )
-        for name in ("spread_steps", "min_prefill_tokens"):
+        for name in ("spread_steps", "min_prefill_tokens", "publish_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.publish_every > 1 and self.decode_steps > 1:
+            raise ConfigurationError(
+                f"publish_every is {self.publish_every} and decode_steps {self.decode_steps}; each "
+                "puts several tokens into one output, so at most one of them can be more than 1."
+            )
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigurationError(
                 f"watermark is {self.watermark}; it must be a share of the blocks from 0 to "

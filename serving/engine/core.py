@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from serving.engine.active import ActiveRequest, RequestState
 from serving.engine.arrival import end_on_arrival, receive
 from serving.engine.batch import Batch
+from serving.engine.coasting import Coasting
 from serving.engine.config import EngineConfig
 from serving.engine.events import (
     AddRequest,
+    Coast,
+    Coasted,
     EngineEffect,
     EngineEvent,
     Fail,
@@ -50,7 +53,8 @@ class EngineCore:
         self._batch = Batch(limits, self._memory)
         self._waiting = WaitingQueues()
         self._planner = Planner(limits, config, self._batch, self._waiting, self._memory)
-        self._intake = TokenIntake(self._memory, self._remove)
+        self._intake = TokenIntake(self._memory, self._remove, config.publish_every)
+        self._coasting = Coasting(config, self._batch, self._planner, self._memory, self._intake)
         self._requests: dict[tuple[str, int], ActiveRequest] = {}  # in order of arrival
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, ActiveRequest]] = []  # a heap
@@ -75,6 +79,8 @@ class EngineCore:
             self._plan_step(effects)
         elif isinstance(event, AddRequest):
             self._add(event.request, now, outputs)
+        elif isinstance(event, Coast):
+            self._coast(event, outputs, effects)
         else:
             request = self._requests.get((event.request_id, event.attempt))
             if request is not None:
@@ -88,6 +94,16 @@ class EngineCore:
     def is_idle(self) -> bool:
         """No request is left and no plan is on its way."""
         return not self._requests and not self._in_flight
+
+    def quiet_steps(self) -> int:
+        """How many steps `Coast` may take: nothing is decided in them unless an event comes."""
+        if self._failure is not None or self._deadlines or not self._in_flight:
+            return 0
+        return self._coasting.quiet_steps(self._in_flight)
+
+    def oldest_sampling(self) -> list[ActiveRequest]:
+        """Whose tokens the oldest plan in flight brings, in order; empty if there is none."""
+        return self._in_flight[0].sampling if self._in_flight else []
 
     def load(self) -> ReplicaLoad:
         """What dispatch needs to know of this replica."""
@@ -133,6 +149,7 @@ class EngineCore:
         self._arrivals += 1
         active = receive(request, self._arrivals, self.limits, self.config)
         self._requests[active.key] = active
+        self._intake.arrived(active)
         self._waiting.add(active)
         end = end_on_arrival(active, self.limits, now)
         if end is not None:
@@ -147,14 +164,15 @@ class EngineCore:
         detail: str,
         outputs: list[RequestOutput],
     ) -> None:
-        """End a request in whatever state it is, with an output that has no tokens."""
+        """End a request in whatever state it is, with an output that has no new tokens."""
         self._remove(request)
+        start, tokens = self._intake.unpublished(request)
         outputs.append(
             RequestOutput(
                 request.request_id,
                 request.attempt,
-                request.generated,
-                (),
+                start,
+                tokens,
                 (),
                 reason,
                 detail,
@@ -213,6 +231,18 @@ class EngineCore:
         if self.is_idle():
             self._memory.check_idle()
         return None
+
+    def _coast(
+        self, event: Coast, outputs: list[RequestOutput], effects: list[EngineEffect]
+    ) -> None:
+        steps = event.tokens.shape[1]
+        quiet = self.quiet_steps()
+        if not 0 < steps <= quiet:
+            raise InternalError(f"The engine was to coast {steps} steps; it can {quiet}.")
+        self._in_flight, published = self._coasting.take(self._in_flight, event.tokens)
+        self._steps += steps
+        outputs.extend(published)
+        effects.append(Coasted(tuple(it.plan for it in self._in_flight)))
 
     def _should_interrupt(self) -> bool:
         """Something new waits, or for blocks, while the oldest plan takes several steps."""

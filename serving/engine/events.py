@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from serving.engine.plan import StepPlan, StepResult
+from serving.engine.plan import Int32, StepPlan, StepResult
 from serving.engine.request import EngineRequest, RequestOutput
 
 
@@ -36,7 +36,19 @@ class StepDone:
     result: StepResult
 
 
-EngineEvent = AddRequest | CancelRequest | PlanStep | StepDone
+@dataclass(frozen=True, slots=True)
+class Coast:
+    """Many times in a row the oldest plan came back and another decode step was planned.
+
+    For virtual time, where such a stretch costs one event; at most `EngineCore.quiet_steps()`
+    times. tokens: int32 [rows, times], of the rows that decode in all plans in flight. Answered by
+    Coasted.
+    """
+
+    tokens: Int32
+
+
+EngineEvent = AddRequest | CancelRequest | PlanStep | StepDone | Coast
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,4 +80,11 @@ class Fail:
     requests_lost: tuple[tuple[str, int], ...]  # (request_id, attempt), not published
 
 
-EngineEffect = Submit | Publish | Interrupt | Fail
+@dataclass(frozen=True, slots=True)
+class Coasted:
+    """After Coast, these plans are in flight. The last one's table has all entries since."""
+
+    plans: tuple[StepPlan, ...]
+
+
+EngineEffect = Submit | Publish | Interrupt | Fail | Coasted

@@ -38,6 +38,11 @@ class KVMemory:
         """Blocks that can be taken once plans that are running come back."""
         return self._allocator.in_flight
 
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether a waiting request may find blocks that others computed."""
+        return self._cache is not None
+
     def accounting(self) -> BlockAccounting:
         """All blocks by state."""
         return self._allocator.accounting()

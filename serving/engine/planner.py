@@ -95,6 +95,23 @@ class Planner:
             draft.left_out = {request.row: request for request in self._batch.members()[1]}
         return self._seal(draft, step_id, steps)
 
+    def is_stuck(self) -> bool:
+        """Whether, as long as nothing ends or is let go of, no step will start what waits.
+
+        May be False though it is so: the question is cheap, not exact.
+        """
+        for priority in Priority:
+            request = self._waiting.head(priority)
+            if request is None:
+                continue
+            lower = [p for p in Priority if p > priority]
+            if any(self._batch.decoding_count(p) for p in lower):
+                return False
+            if not self._batch.has_free_row:
+                return True
+            return not self._memory.caches_prefixes and not self._fits(request, [])
+        return True
+
     def _prefill_tokens(self) -> int:
         """Prompt tokens this step has room for: fewer where somebody waits for each token.
 
@@ -245,7 +262,6 @@ class Planner:
         """Take a request's row and blocks; its context so far is computed again later."""
         self._batch.remove(request)
         request.move(RequestState.WAITING)
-        request.check_len = request.end_len
         self._waiting.add(request)
 
     def _seal(self, draft: _Draft, step_id: int, steps: int) -> SubmittedPlan | None:

@@ -35,12 +35,16 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedRequest:
-    """A request placed since the last report of its replica, so not yet visible in it."""
+class PlacedRequests:
+    """Requests placed since the last report of their replica, so not yet visible in it.
+
+    context_tokens: of all of them.
+    """
 
     worker_id: str
     replica: int
     context_tokens: int
+    requests: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,4 +52,4 @@ class FleetSnapshot:
     """What dispatch knows: the last reports and what was placed since."""
 
     workers: tuple[WorkerLoad, ...]
-    placed_since_report: tuple[PlacedRequest, ...]
+    placed_since_report: tuple[PlacedRequests, ...]

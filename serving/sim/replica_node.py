@@ -20,7 +20,7 @@ from serving.engine.executor import ExecutorLimits
 from serving.engine.plan import StepPlan
 from serving.engine.request import RequestOutput
 from serving.policy.snapshot import ReplicaLoad
-from serving.sim.modelled_executor import ModelledExecutor
+from serving.sim.executor import SimExecutor
 from serving.sim.world import World
 
 
@@ -34,7 +34,7 @@ class ReplicaNode:
         self,
         world: World,
         name: str,
-        executor: ModelledExecutor,
+        executor: SimExecutor,
         config: EngineConfig,
         *,
         stepped: Callable[[tuple[RequestOutput, ...], ReplicaLoad], None],

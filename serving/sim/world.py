@@ -13,11 +13,13 @@ class InvariantViolated(InternalError):
 class World:
     """One run. The same seed gives the same run, to the last byte of the log.
 
-    keep_log: the log costs more than the run, so only replays keep it.
+    keep_log: the log costs more than the run, so only replays keep it. checked: every core looks
+    for contradictions after every event; only large fleets do without.
     """
 
-    def __init__(self, seed: int, *, keep_log: bool = False) -> None:
+    def __init__(self, seed: int, *, keep_log: bool = False, checked: bool = True) -> None:
         self.seed = seed
+        self.checked = checked
         self.time = EventHeap()
         self.log: list[str] | None = [] if keep_log else None
         self._last_number = 0

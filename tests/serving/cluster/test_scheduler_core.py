@@ -95,4 +95,4 @@ def test_the_last_decisions_are_kept_with_their_inputs():
     decisions = scheduler.decisions()
     assert [(d.at, d.attempt) for d in decisions] == [(2.0, 2), (3.0, 3)]
     assert decisions[-1].placement is not None
-    assert len(decisions[-1].fleet.placed_since_report) == 2
+    assert [p.requests for p in decisions[-1].fleet.placed_since_report] == [2]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from serving.policy.dispatch import Forecast, dispatch, forecast
-from serving.policy.snapshot import FleetSnapshot, PlacedRequest, ReplicaLoad, WorkerLoad
+from serving.policy.dispatch import Forecast, dispatch, fewest_requests, forecast
+from serving.policy.snapshot import FleetSnapshot, PlacedRequests, ReplicaLoad, WorkerLoad
 
 HIGH, LOW = 0, 1
 
@@ -51,12 +51,12 @@ CASES = {
     "draining": (fleet((load(draining=True),), (BUSY,)), HIGH, ("w1", 0)),
     "all draining": (fleet((load(draining=True), load(replica=1, healthy=False))), HIGH, None),
     "placed since the report": (
-        fleet((load(),), (load(),), placed=[PlacedRequest("w0", 0, 200)]),
+        fleet((load(),), (load(),), placed=[PlacedRequests("w0", 0, 200)]),
         HIGH,
         ("w1", 0),
     ),
     "placed on the other replica": (
-        fleet((load(), load(replica=1)), placed=[PlacedRequest("w0", 1, 200)]),
+        fleet((load(), load(replica=1)), placed=[PlacedRequests("w0", 1, 200)]),
         HIGH,
         ("w0", 0),
     ),
@@ -85,16 +85,28 @@ def test_dispatch(name):
 
 
 def test_requests_without_a_report_between_them_are_spread():
-    placed: list[PlacedRequest] = []
+    placed: list[PlacedRequests] = []
     for _ in range(6):
         placement = dispatch(fleet((load(),), (load(),), (load(),), placed=placed), 64, HIGH)
         assert placement is not None
-        placed.append(PlacedRequest(placement.worker_id, placement.replica, 64))
+        placed.append(PlacedRequests(placement.worker_id, placement.replica, 64))
     assert [p.worker_id for p in placed] == ["w0", "w1", "w2", "w0", "w1", "w2"]
 
 
 def test_forecast_counts_what_is_there_waiting_and_on_its_way():
     busy = load(free_blocks=60, cached_blocks=10, running=3, waiting=1, waiting_tokens=40)
-    placed = (PlacedRequest("w0", 0, 23), PlacedRequest("w1", 0, 999))
+    placed = [PlacedRequests("w0", 0, 23)]
     # 30 blocks in use; 40 + 23 + 64 + 1 tokens are 8 blocks.
     assert forecast("w0", busy, placed, 64) == Forecast("w0", 0, 0.38, 63, 5)
+
+
+def test_fewest_requests_looks_at_nothing_else():
+    idle, full = load(running=2, free_blocks=90), load(running=1, free_blocks=0)
+    placement = fewest_requests(fleet((idle,), (full,)), 32, HIGH)
+    assert placement is not None
+    assert placement.worker_id == "w1"
+    placed = [PlacedRequests("w1", 0, 10, requests=2)]
+    placement = fewest_requests(fleet((idle,), (full,), placed=placed), 32, HIGH)
+    assert placement is not None
+    assert placement.worker_id == "w0"
+    assert fewest_requests(fleet(()), 32, HIGH) is None
