@@ -105,6 +105,10 @@ class EngineCore:
             healthy=self._failure is None,
         )
 
+    def states(self) -> dict[tuple[str, int], RequestState]:
+        """Where every request here stands, by request id and attempt."""
+        return {key: request.state for key, request in self._requests.items()}
+
     def accounting(self) -> BlockAccounting:
         """All blocks by state (invariant 3)."""
         return self._memory.accounting()
