@@ -48,7 +48,7 @@ def from_literal(kind: Any, value: Any, where: str = "") -> Any:
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        if value not in kind.__members__:
+        if not isinstance(value, str) or value not in kind.__members__:
             raise _wrong(where, value, "one of " + ", ".join(kind.__members__))
         return kind[value]
     if isinstance(kind, type) and issubclass(kind, tuple):
