@@ -132,20 +132,21 @@ class KVMemory:
         self._allocator.check()
         if self._cache is not None:
             self._cache.check()
-        counted: Counter[int] = Counter()
+        counted = [0] * self._allocator.num_blocks
         for request in holders:
             if len(set(request.blocks)) != len(request.blocks):
                 raise InternalError(f"{request.request_id} has a block twice in its table.")
-            counted.update(request.blocks)
+            for block in request.blocks:
+                counted[block] += 1
         held = {block for blocks in self._held.values() for block in blocks}
-        for block in range(self._allocator.num_blocks):
-            if self._allocator.references(block) != counted[block]:
+        flying = BlockState.IN_FLIGHT
+        for block, (state, references) in enumerate(self._allocator.books()):
+            if references != counted[block]:
                 raise InternalError(
-                    f"Block {block} has {self._allocator.references(block)} references but "
-                    f"{counted[block]} requests hold it."
+                    f"Block {block} has {references} references but {counted[block]} requests "
+                    "hold it."
                 )
-            in_flight = self._allocator.state(block) is BlockState.IN_FLIGHT
-            if in_flight != (block in held and not counted[block]):
+            if (state is flying) != (block in held and not references):
                 raise InternalError(f"Block {block} is in flight against the plans that run.")
         if any(step <= self.collected_step for step in self._held):
             raise InternalError("Blocks wait for a plan that has already come back.")

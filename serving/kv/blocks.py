@@ -6,7 +6,7 @@ blocks here holds for the slots of invariant 3.
 
 import enum
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from serving.errors import InternalError
@@ -100,6 +100,10 @@ class BlockAllocator:
         """How many requests use the block."""
         return self._references[block]
 
+    def books(self) -> Iterator[tuple[BlockState, int]]:
+        """State and references of every block, in order."""
+        return zip(self._states, self._references, strict=True)
+
     def accounting(self) -> BlockAccounting:
         """All blocks by state."""
         free, cached, in_use, in_flight = self._counts
@@ -162,20 +166,30 @@ class BlockAllocator:
 
     def check(self) -> None:
         """Recount everything. Raises BlockStateError if the books disagree with themselves."""
+        # The simulator does this after every event: each block costs one pass and no call.
+        in_use, in_flight, cached = BlockState.IN_USE, BlockState.IN_FLIGHT, BlockState.CACHED
         counts = [0] * len(BlockState)
-        for block, state in enumerate(self._states):
+        free = []
+        books = zip(self._states, self._references, self._holds, self._kept, strict=True)
+        for block, (state, references, holds, kept) in enumerate(books):
             counts[state] += 1
-            if state is not self._state_by_counts(block, idle=state):
+            if (state is in_use) != (references != 0) or (state is in_flight) != (
+                holds != 0 and references == 0
+            ):
                 raise BlockStateError(f"Block {block} is {state.name} against its counts.")
-            if state is BlockState.CACHED and not self._kept[block]:
-                raise BlockStateError(f"Block {block} is cached but was never kept.")
-            if state is BlockState.FREE and self._kept[block]:
-                raise BlockStateError(f"Block {block} is free but was kept.")
-            if (block in self._cached) != (state is BlockState.CACHED):
+            if (block in self._cached) != (state is cached):
                 raise BlockStateError(f"Block {block} is {state.name} against the eviction order.")
+            if references or holds:
+                continue
+            if state is cached:
+                if not kept:
+                    raise BlockStateError(f"Block {block} is cached but was never kept.")
+            else:
+                free.append(block)
+                if kept:
+                    raise BlockStateError(f"Block {block} is free but was kept.")
         if counts != self._counts:
             raise BlockStateError(f"Blocks by state are {counts}, the books say {self._counts}.")
-        free = [block for block, state in enumerate(self._states) if state is BlockState.FREE]
         if sorted(self._free) != free:
             raise BlockStateError("The free list differs from the free blocks.")
         self.accounting()

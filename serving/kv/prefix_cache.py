@@ -87,13 +87,16 @@ class PrefixCache:
         """Raises BlockStateError unless keys and blocks agree, and every cached block has a key."""
         if len(self._block_of) != len(self._key_of):
             raise BlockStateError("The prefix cache has more keys than blocks, or fewer.")
+        idle = 0
+        key_of, state_of = self._key_of, self._allocator.state
         for key, block in self._block_of.items():
-            if self._key_of.get(block) != key:
+            if key_of.get(block) != key:
                 raise BlockStateError(f"Block {block} is in the prefix cache under two keys.")
-            if self._allocator.state(block) is BlockState.FREE:
+            state = state_of(block)
+            if state is BlockState.FREE:
                 raise BlockStateError(f"Block {block} is free but still in the prefix cache.")
+            idle += state is BlockState.CACHED
         cached = self._allocator.accounting().cached
-        idle = sum(self._allocator.state(b) is BlockState.CACHED for b in self._key_of)
         if cached != idle:
             raise BlockStateError(f"{cached} blocks are cached but only {idle} have a key.")
 

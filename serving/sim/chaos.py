@@ -95,10 +95,11 @@ def read_run(path: Path) -> RecordedRun:
     for place, fault in enumerate(run.scenario.faults):
         workers = run.scenario.workers
         if not (
-            0 <= fault.worker < len(workers)
-            and 0 <= fault.replica < workers[fault.worker].replicas
+            0 <= fault.worker < len(workers) and 0 <= fault.replica < workers[fault.worker].replicas
         ):
-            raise LiteralError(f"{path}: scenario.faults[{place}] names a worker that is not there.")
+            raise LiteralError(
+                f"{path}: scenario.faults[{place}] names a worker that is not there."
+            )
     return run
 
 
@@ -113,7 +114,7 @@ def rule_of(error: BaseException) -> str:
         where = f" in {frames[-1].name}" if frames else ""
         message = f"{type(error).__name__}{where}"
     message = re.sub(r"[0-9]+(\.[0-9]+)?", "#", message)
-    return re.sub(r"[\[(]#?(, #)*[\])]", "#", message)
+    return re.sub(r"[\[(]#?(, #)*,?[\])]", "#", message)
 
 
 def _fails(run: FaultRun) -> Failure | None:

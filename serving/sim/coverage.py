@@ -87,7 +87,7 @@ def possible(stage: Stage, mishap: Mishap) -> bool:
         return mishap not in _OF_CLIENTS
     if mishap in _PER_MESSAGE:
         return stage not in _WITHOUT_MESSAGE
-    if mishap in (Mishap.DEADLINE, Mishap.BREAK):
+    if mishap in (Mishap.CANCEL, Mishap.BREAK, Mishap.DEADLINE):
         over = stage in (Stage.KEPT, Stage.ENDED)
         return not over and (stage, mishap) != (Stage.AWAY, Mishap.BREAK)
     return mishap in _OF_CLIENTS or stage is not Stage.ENDED

@@ -78,7 +78,9 @@ class Link:
             if end is not None:
                 self._close_later(end)
 
-    def _carry[Message: ToGateway | ToWorker](self, end: LinkEnd[Message] | None, message: Message) -> None:
+    def _carry[Message: ToGateway | ToWorker](
+        self, end: LinkEnd[Message] | None, message: Message
+    ) -> None:
         faults, chance, now = self._faults, self._chance, self._world.now
         watch = self._world.watch
         if not self.up or end is None or now < self._black_until:
