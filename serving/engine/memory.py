@@ -27,6 +27,7 @@ class KVMemory:
             else None
         )
         self._held: dict[int, list[int]] = {}
+        self._checked: tuple[object, ...] = ()  # the books when `check` last found them right
 
     @property
     def available(self) -> int:
@@ -129,6 +130,18 @@ class KVMemory:
 
     def check(self, holders: Iterable[ActiveRequest]) -> None:
         """Raises InternalError unless states, references and holds match the holders."""
+        if any(step <= self.collected_step for step in self._held):
+            raise InternalError("Blocks wait for a plan that has already come back.")
+        holders = list(holders)
+        # Most events leave blocks alone, and books that were right still are.
+        picture = (
+            self._allocator.picture(),
+            None if self._cache is None else self._cache.picture(),
+            [request.blocks.copy() for request in holders],
+            {step: blocks.copy() for step, blocks in self._held.items()},
+        )
+        if picture == self._checked:
+            return
         self._allocator.check()
         if self._cache is not None:
             self._cache.check()
@@ -139,14 +152,14 @@ class KVMemory:
             for block in request.blocks:
                 counted[block] += 1
         held = {block for blocks in self._held.values() for block in blocks}
-        flying = BlockState.IN_FLIGHT
-        for block, (state, references) in enumerate(self._allocator.books()):
-            if references != counted[block]:
-                raise InternalError(
-                    f"Block {block} has {references} references but {counted[block]} requests "
-                    "hold it."
-                )
-            if (state is flying) != (block in held and not references):
-                raise InternalError(f"Block {block} is in flight against the plans that run.")
-        if any(step <= self.collected_step for step in self._held):
-            raise InternalError("Blocks wait for a plan that has already come back.")
+        states, references = self._allocator.books()
+        if counted != references:
+            block = next(b for b, count in enumerate(counted) if count != references[b])
+            raise InternalError(
+                f"Block {block} has {references[block]} references but {counted[block]} requests "
+                "hold it."
+            )
+        in_flight = [b for b, state in enumerate(states) if state is BlockState.IN_FLIGHT]
+        if in_flight != sorted(block for block in held if not counted[block]):
+            raise InternalError(f"Blocks {in_flight} are in flight against the plans that run.")
+        self._checked = picture

@@ -242,7 +242,7 @@ class CoverageWatch:
             return Stage.SENT
         if attempt.finish is not None:
             return Stage.UNDELIVERED
-        state = node.replicas[attempt.replica].core.states().get(key)
+        state = node.replicas[attempt.replica].core.state(*key)
         return Stage.WAITING if state is None else _STAGES[state]
 
     def _node(self, incarnation: str) -> WorkerNode | None:
