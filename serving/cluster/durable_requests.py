@@ -344,13 +344,12 @@ class DurableRequests:
 
     def check_invariants(self) -> None:
         """Recount. Raises InternalError at the first contradiction; for tests and the simulator."""
-        open_ = [record for record in self.records.values() if record.phase is not Phase.ENDED]
-        if len(open_) != self.in_progress:
-            raise InternalError(f"{len(open_)} requests are open, {self.in_progress} are counted.")
-        if sum(record.queued for record in open_) != self.admission.queued:
-            raise InternalError("The count of queued requests is wrong.")
         self._streams.check_invariants(self.records)
+        in_progress = queued = 0
         for request_id, record in self.records.items():
+            if record.phase is not Phase.ENDED:
+                in_progress += 1
+                queued += not record.tokens
             if (record.phase is Phase.WAITING) != (request_id in self._waiting):
                 raise InternalError(
                     f"Request {request_id} waits, or is in the queue, but not both."
@@ -361,3 +360,7 @@ class DurableRequests:
                 raise InternalError(f"Request {request_id} has an end and goes on, or has none.")
             if not self._timers.is_armed(request_id):
                 raise InternalError(f"Nothing will ever look at request {request_id} again.")
+        if in_progress != self.in_progress:
+            raise InternalError(f"{in_progress} requests are open, {self.in_progress} are counted.")
+        if queued != self.admission.queued:
+            raise InternalError("The count of queued requests is wrong.")

@@ -4,6 +4,8 @@ It decides who is heard and what is checked; `durable_requests` keeps the reques
 `scheduler_core` the picture of the fleet.
 """
 
+from collections.abc import Mapping
+
 from serving.cluster.admission import check_fits
 from serving.cluster.durable_requests import DurableRequests
 from serving.cluster.gateway_events import (
@@ -96,6 +98,10 @@ class GatewayCore:
     def decisions(self) -> tuple[DispatchRecord, ...]:
         """The last placements with their inputs, oldest first."""
         return self._scheduler.decisions()
+
+    def records(self) -> Mapping[str, RequestRecord]:
+        """All requests by id, ended ones included until they are forgotten; to look at."""
+        return self._requests.records
 
     def is_idle(self) -> bool:
         """No request is in progress or remembered and no worker has to be told anything."""

@@ -4,6 +4,7 @@ It stands between the gateways' messages, which may be repeated, late or lost, a
 which see every attempt once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from serving.cluster.fences import FenceKey, Fences
@@ -87,6 +88,10 @@ class WorkerCore:
     def is_idle(self) -> bool:
         """Nothing runs here and no output is kept."""
         return not self._attempts
+
+    def attempts(self) -> Mapping[AttemptKey, Attempt]:
+        """Everything held here, ended attempts included until acknowledged; to look at."""
+        return self._attempts
 
     def running_on(self, replica: int) -> list[AttemptKey]:
         """Attempts that were started on a replica and have not ended."""

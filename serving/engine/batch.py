@@ -242,35 +242,46 @@ class Batch:
         if self.running != len(self.requests) - len(self._free_rows):
             raise InternalError("The number of running requests is wrong.")
         counts = [0] * len(Priority)
+        # As lists: the simulator does this after every event, and numpy is slow at single values.
+        decoding = self._decoding.tolist()
+        planned, capacity, left = (
+            array.tolist() for array in (self._kv_planned, self._capacity, self._left)
+        )
         for row, request in enumerate(self.requests):
             if request is None:
-                if self._decoding[row]:
+                if decoding[row]:
                     raise InternalError(f"Row {row} decodes but has no request.")
                 continue
-            counts[request.priority] += bool(self._decoding[row])
-            self._check_row(row, request)
+            counts[request.priority] += decoding[row]
+            self._check_row(row, request, decoding[row], planned[row], capacity[row], left[row])
         if counts != self._decoding_count:
             raise InternalError("The number of decoding rows by class is wrong.")
         rows, _ = self.members()
-        if rows.tolist() != np.flatnonzero(self._decoding).tolist():
+        if rows.tolist() != [row for row, decodes in enumerate(decoding) if decodes]:
             raise InternalError("The decode rows are out of date.")
 
-    def _check_row(self, row: int, request: ActiveRequest) -> None:
+    def _check_row(
+        self,
+        row: int,
+        request: ActiveRequest,
+        decodes: bool,
+        planned: int,
+        capacity: int,
+        left: int,
+    ) -> None:
         name = request.request_id
         prefilling = request.state is RequestState.PREFILLING
         if request.row != row or not (prefilling or request.state is RequestState.DECODING):
             raise InternalError(f"{name} is {request.state.value} but owns row {row}.")
         if prefilling != (request in self.prefilling[request.priority]):
             raise InternalError(f"{name} is {request.state.value} against the list of prefills.")
-        if self._capacity[row] != len(request.blocks) * self._memory.block_size:
+        if capacity != len(request.blocks) * self._memory.block_size:
             raise InternalError(f"{name} has another capacity than its blocks.")
-        if not len(request.tokens) - 1 <= self._kv_planned[row] <= self._capacity[row] and (
-            not prefilling
-        ):
+        if not len(request.tokens) - 1 <= planned <= capacity and not prefilling:
             raise InternalError(f"{name} has KV planned outside its context and blocks.")
-        if self._left[row] < 0 or self._left[row] > request.end_len - len(request.tokens):
+        if left < 0 or left > request.end_len - len(request.tokens):
             raise InternalError(f"{name} would sample past its end.")
-        if not prefilling and self._decoding[row] != (self._left[row] > 0):
+        if not prefilling and decodes != (left > 0):
             raise InternalError(f"{name} decodes against what it may still sample.")
 
     def _owner(self, row: int) -> ActiveRequest:

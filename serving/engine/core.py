@@ -121,6 +121,15 @@ class EngineCore:
             healthy=self._failure is None,
         )
 
+    def state(self, request_id: str, attempt: int) -> RequestState | None:
+        """Where one request stands; None if it is not here."""
+        request = self._requests.get((request_id, attempt))
+        return None if request is None else request.state
+
+    def states(self) -> dict[tuple[str, int], RequestState]:
+        """Where every request here stands, by request id and attempt."""
+        return {key: request.state for key, request in self._requests.items()}
+
     def accounting(self) -> BlockAccounting:
         """All blocks by state (invariant 3)."""
         return self._memory.accounting()

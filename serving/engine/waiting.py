@@ -57,6 +57,8 @@ class WaitingQueues:
         if self.tokens != sum(request.waiting_tokens for request in self):
             raise InternalError("The number of waiting tokens is wrong.")
         for priority, queue in self._queues.items():
+            if not queue:
+                continue
             arrivals = [request.arrival for request in queue]
             if arrivals != sorted(set(arrivals)):
                 raise InternalError(f"The waiting queue of {priority.name} is out of order.")

@@ -6,7 +6,7 @@ blocks here holds for the slots of invariant 3.
 
 import enum
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from serving.errors import InternalError
@@ -100,6 +100,22 @@ class BlockAllocator:
         """How many requests use the block."""
         return self._references[block]
 
+    def books(self) -> tuple[Sequence[BlockState], Sequence[int]]:
+        """States and references of all blocks, by block; to look at."""
+        return self._states, self._references
+
+    def picture(self) -> tuple[object, ...]:
+        """A copy of all books: `check` is decided by what is in it."""
+        return (
+            self._states.copy(),
+            self._references.copy(),
+            self._holds.copy(),
+            self._kept.copy(),
+            self._counts.copy(),
+            self._free.copy(),
+            self._cached.copy(),
+        )
+
     def accounting(self) -> BlockAccounting:
         """All blocks by state."""
         free, cached, in_use, in_flight = self._counts
@@ -162,21 +178,27 @@ class BlockAllocator:
 
     def check(self) -> None:
         """Recount everything. Raises BlockStateError if the books disagree with themselves."""
-        counts = [0] * len(BlockState)
-        for block, state in enumerate(self._states):
-            counts[state] += 1
-            if state is not self._state_by_counts(block, idle=state):
-                raise BlockStateError(f"Block {block} is {state.name} against its counts.")
-            if state is BlockState.CACHED and not self._kept[block]:
-                raise BlockStateError(f"Block {block} is cached but was never kept.")
-            if state is BlockState.FREE and self._kept[block]:
-                raise BlockStateError(f"Block {block} is free but was kept.")
-            if (block in self._cached) != (state is BlockState.CACHED):
-                raise BlockStateError(f"Block {block} is {state.name} against the eviction order.")
+        # The simulator does this after every event, so whole lists are compared.
+        free, cached, in_use, in_flight = BlockState
+        states = self._states
+        expected = [
+            in_use if references else in_flight if holds else cached if kept else free
+            for references, holds, kept in zip(
+                self._references, self._holds, self._kept, strict=True
+            )
+        ]
+        if states != expected:
+            block = next(b for b, state in enumerate(states) if state is not expected[b])
+            raise BlockStateError(
+                f"Block {block} is {states[block].name} against its counts; references, holds and "
+                f"whether it is kept ask for {expected[block].name}."
+            )
+        counts = [states.count(state) for state in BlockState]
         if counts != self._counts:
             raise BlockStateError(f"Blocks by state are {counts}, the books say {self._counts}.")
-        free = [block for block, state in enumerate(self._states) if state is BlockState.FREE]
-        if sorted(self._free) != free:
+        if sorted(self._cached) != [b for b, state in enumerate(states) if state is cached]:
+            raise BlockStateError("The eviction order differs from the cached blocks.")
+        if sorted(self._free) != [b for b, state in enumerate(states) if state is free]:
             raise BlockStateError("The free list differs from the free blocks.")
         self.accounting()
 

@@ -83,17 +83,20 @@ class PrefixCache:
         self._key_of[block] = key
         return True
 
+    def picture(self) -> tuple[object, ...]:
+        """A copy of all keys: `check` is decided by what is in it and in the allocator's."""
+        return self._block_of.copy(), self._key_of.copy()
+
     def check(self) -> None:
         """Raises BlockStateError unless keys and blocks agree, and every cached block has a key."""
-        if len(self._block_of) != len(self._key_of):
-            raise BlockStateError("The prefix cache has more keys than blocks, or fewer.")
-        for key, block in self._block_of.items():
-            if self._key_of.get(block) != key:
-                raise BlockStateError(f"Block {block} is in the prefix cache under two keys.")
-            if self._allocator.state(block) is BlockState.FREE:
-                raise BlockStateError(f"Block {block} is free but still in the prefix cache.")
+        if dict(zip(self._block_of.values(), self._block_of, strict=True)) != self._key_of:
+            raise BlockStateError("The prefix cache's keys and blocks do not name each other.")
+        states = list(map(self._allocator.state, self._key_of))
+        if BlockState.FREE in states:
+            block = list(self._key_of)[states.index(BlockState.FREE)]
+            raise BlockStateError(f"Block {block} is free but still in the prefix cache.")
         cached = self._allocator.accounting().cached
-        idle = sum(self._allocator.state(b) is BlockState.CACHED for b in self._key_of)
+        idle = states.count(BlockState.CACHED)
         if cached != idle:
             raise BlockStateError(f"{cached} blocks are cached but only {idle} have a key.")
 

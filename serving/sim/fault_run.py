@@ -13,9 +13,10 @@ from functools import partial
 from serving.engine.request import FinishReason
 from serving.errors import InternalError
 from serving.sim.client import Client
+from serving.sim.coverage import Coverage, CoverageWatch
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.oracle import Oracle
-from serving.sim.scenario import FAULTS_UNTIL_S, Fault, FaultPlan, draw_scenario
+from serving.sim.scenario import FAULTS_UNTIL_S, Fault, FaultPlan, Scenario, draw_scenario
 from serving.sim.worker_site import WorkerSite
 from serving.sim.world import World
 
@@ -39,11 +40,23 @@ class FaultRunResult:
 
 
 class FaultRun:
-    """A world built from a seed. `run` once."""
+    """A world built from a seed. `run` once.
 
-    def __init__(self, seed: int, *, keep_log: bool = False) -> None:
+    scenario: instead of the seed's own; the network still draws from the seed. coverage: gets
+    what befalls requests in this run.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        scenario: Scenario | None = None,
+        *,
+        keep_log: bool = False,
+        coverage: Coverage | None = None,
+    ) -> None:
         self.world = World(seed, keep_log=keep_log)
-        scenario = draw_scenario(self.world.chance("scenario"))
+        if scenario is None:
+            scenario = draw_scenario(self.world.chance("scenario"))
         self.scenario = scenario
         oracle = Oracle(scenario.numerics)
         self.gateway = GatewayNode(self.world, scenario.gateway)
@@ -52,6 +65,10 @@ class FaultRun:
             for setup in scenario.workers
         ]
         self.clients = [Client(self.world, self.gateway, plan, oracle) for plan in scenario.clients]
+        self._watch = None
+        if coverage is not None:
+            self._watch = CoverageWatch(coverage, self.gateway, self.sites)
+            self.world.watch = self._watch
         for fault in scenario.faults:
             self.world.time.at(fault.at, partial(self._strike, fault))
 
@@ -95,6 +112,8 @@ class FaultRun:
         return None
 
     def _strike(self, plan: FaultPlan) -> None:
+        if self._watch is not None:
+            self._watch.struck(plan)
         site = self.sites[plan.worker]
         match plan.fault:
             case Fault.CRASH:

@@ -39,6 +39,8 @@ class RowTables:
             if assignment.kv_len % self._limits.block_size:
                 self._violations.append(f"row {assignment.row} starts inside a block")
         update = plan.table
+        if not update.rows.size:
+            return
         if (update.slot_bases % self._limits.slots_per_block).any():
             self._violations.append(f"step {plan.step_id} enters a slot that begins no block")
         self.table[update.rows, update.columns] = update.slot_bases // self._limits.slots_per_block
@@ -49,13 +51,13 @@ class RowTables:
 
 
 class _Footprint:
-    """The blocks that one plan touches: `touches` int64 [blocks] counts rows, `writer` int64
-    [blocks] is the owner that writes a block (0: nobody), `blocks_of` has the blocks by owner.
+    """The blocks that one plan touches: `touches` counts rows by block, `writer` is the owner that
+    writes a block, `blocks_of` has the blocks by owner.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self.touches = np.zeros(num_blocks, np.int64)
-        self.writer = np.zeros(num_blocks, np.int64)
+    def __init__(self) -> None:
+        self.touches: dict[int, int] = {}
+        self.writer: dict[int, int] = {}
         self.blocks_of: dict[int, frozenset[int]] = {}
 
 
@@ -72,7 +74,7 @@ class Footprints:
         """Check a plan; returns the context tokens that its first step reads."""
         self._check_rules(plan)
         self._tables.apply(plan)
-        footprint = _Footprint(self._limits.num_blocks)
+        footprint = _Footprint()
         context = 0
         for chunk in plan.prefills:
             context += self._touch(plan, footprint, chunk.row, chunk.tokens.size)
@@ -90,24 +92,24 @@ class Footprints:
 
     def _touch(self, plan: StepPlan, footprint: _Footprint, row: int, tokens: int) -> int:
         start = int(self._tables.kv_len[row])
-        blocks = self._tables.blocks(row, start + tokens)
+        blocks: list[int] = self._tables.blocks(row, start + tokens).tolist()
         self._tables.kv_len[row] += tokens
-        if (blocks < 0).any():
+        if min(blocks, default=0) < 0:
             self._violations.append(f"step {plan.step_id}: row {row} lacks blocks in its table")
             return start
         owner = int(self._tables.owner[row])
         written = blocks[start // self._limits.block_size :]
         for other in (*self._in_flight, footprint):
-            writer = other.writer[blocks]
-            if ((writer != 0) & (writer != owner)).any():
+            if any(other.writer.get(block, owner) != owner for block in blocks):
                 self._report(plan, row, "touches a block that another request is still writing")
             mine = other.blocks_of.get(owner, frozenset())
-            for block in written[other.touches[written] > 0].tolist():
-                if other.touches[block] - (block in mine) > 0:
+            for block in written:
+                if other.touches.get(block, 0) - (block in mine) > 0:
                     self._report(plan, row, f"writes block {block}, which is still being read")
-        footprint.touches[blocks] += 1
-        footprint.writer[written] = owner
-        footprint.blocks_of[owner] = frozenset(blocks.tolist())
+        for block in set(blocks):
+            footprint.touches[block] = footprint.touches.get(block, 0) + 1
+        footprint.writer.update(dict.fromkeys(written, owner))
+        footprint.blocks_of[owner] = frozenset(blocks)
         return start
 
     def _check_rules(self, plan: StepPlan) -> None:

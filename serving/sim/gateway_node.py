@@ -68,6 +68,8 @@ class GatewayNode:
     def handle(self, event: GatewayEvent) -> None:
         """Give the core an event and carry out what it answers."""
         self._world.note("gateway", event)
+        if self._world.watch is not None:
+            self._world.watch.gateway_event(event, self._world.now)
         effects = self.core.handle(event, self._world.now)
         if self._world.checked:
             self.core.check_invariants()

@@ -52,8 +52,14 @@ class ModelledExecutor:
         self._durations: dict[int, tuple[int, int, int]] = {}
         self._footprints = Footprints(limits, self.violations)
         self._tables = RowTables(limits, self.violations)
-        self._arena_tokens: Int32 = np.full((limits.num_blocks, limits.block_size), -1, np.int32)
+        self._arena_tokens: Int32 = np.full(limits.num_blocks * limits.block_size, -1, np.int32)
         self._arena_positions: Int32 = np.full_like(self._arena_tokens, -1)
+        # Where a row's tokens lie: column of its table and offset in the block, by position.
+        self._positions: Int32 = np.arange(
+            limits.max_blocks_per_row * limits.block_size, dtype=np.int32
+        )
+        self._columns = self._positions // limits.block_size
+        self._offsets = self._positions % limits.block_size
         self._last_token: Int32 = np.full(limits.num_rows, -1, np.int32)
         self._sampling = [SamplingParams()] * limits.num_rows
         self._stops: list[frozenset[int]] = [frozenset()] * limits.num_rows
@@ -161,33 +167,35 @@ class ModelledExecutor:
         if tokens.size and tokens[0] < 0:
             self.violations.append(f"row {row} decodes but never sampled a token")
         start = int(self._tables.kv_len[row])
-        positions = np.arange(start, start + tokens.size, dtype=np.int32)
-        blocks = self._blocks_at(row, positions)
-        offsets = positions % self._limits.block_size
-        self._arena_tokens[blocks, offsets] = tokens
-        self._arena_positions[blocks, offsets] = positions
+        end = start + tokens.size
+        places = self._places(row, start, end)
+        self._arena_tokens[places] = tokens
+        self._arena_positions[places] = self._positions[start:end]
         self._tables.kv_len[row] += tokens.size
 
     def _read(self, row: int) -> Int32:
         """The row's context as the arena has it, int32 [kv_len]."""
-        positions = np.arange(self._tables.kv_len[row], dtype=np.int32)
-        blocks = self._blocks_at(row, positions)
-        offsets = positions % self._limits.block_size
-        wrong = self._arena_positions[blocks, offsets] != positions
+        end = int(self._tables.kv_len[row])
+        places = self._places(row, 0, end)
+        wrong = self._arena_positions[places] != self._positions[:end]
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
             self.violations.append(
-                f"row {row} reads position {first} from block {blocks[first]}, which holds "
-                f"position {self._arena_positions[blocks[first], offsets[first]]}"
+                f"row {row} reads position {first} from block "
+                f"{places[first] // self._limits.block_size}, which holds "
+                f"position {self._arena_positions[places[first]]}"
             )
-        context: Int32 = self._arena_tokens[blocks, offsets]
+        context: Int32 = self._arena_tokens[places]
         return context
 
-    def _blocks_at(self, row: int, positions: Int32) -> Int32:
-        blocks: Int32 = self._tables.table[row, positions // self._limits.block_size]
+    def _places(self, row: int, start: int, end: int) -> Int32:
+        """Where the arena has these tokens of a row, int32 [end - start]."""
+        assert end <= self._positions.size, f"row {row} is longer than its table"
+        blocks: Int32 = self._tables.table[row, self._columns[start:end]]
         if (blocks < 0).any():
             self.violations.append(f"row {row} uses a position without a block in its table")
-        return blocks
+        places: Int32 = blocks * self._limits.block_size + self._offsets[start:end]
+        return places
 
     def _logprobs(self, rows: list[int], contexts: list[list[Int32]]) -> LogprobArrays | None:
         if all(self._sampling[row].logprobs is None for row in rows):

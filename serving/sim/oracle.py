@@ -59,10 +59,11 @@ class Oracle:
     ) -> bool:
         """Whether someone draws tokens[index] (with these logprobs) after all before it."""
         context = np.array([*prompt, *tokens[:index]], np.int32)
-        masked = index < sampling.min_tokens
-        mask = mask_without(self.numerics.limits.vocab_size, self._stops(sampling))
+        mask = None
+        if index < sampling.min_tokens:
+            mask = mask_without(self.numerics.limits.vocab_size, self._stops(sampling))
         for function in self._functions.values():
-            drawn = function.next_token(context, sampling, mask if masked else None)
+            drawn = function.next_token(context, sampling, mask)
             if drawn == tokens[index] and (
                 logprobs is None
                 or function.logprobs(context, sampling, 0).logprob == logprobs.logprob
@@ -74,8 +75,7 @@ class Oracle:
         self, prompt: Sequence[int], tokens: Sequence[int], sampling: SamplingParams
     ) -> FinishReason | None:
         """How a request with these tokens ends if nothing happens to it; None: it goes on."""
-        stopped = len(tokens) > sampling.min_tokens and tokens[-1] in self._stops(sampling)
-        if tokens and stopped:
+        if len(tokens) > sampling.min_tokens and tokens[-1] in self._stops(sampling):
             return FinishReason.STOP
         room = self.numerics.max_context_tokens - len(prompt)
         return FinishReason.LENGTH if len(tokens) >= min(sampling.max_tokens, room) else None

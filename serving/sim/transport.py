@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.cluster.messages import ToGateway, ToWorker
+from serving.sim.watch import Mishap
 from serving.sim.world import World
 
 
@@ -25,11 +26,15 @@ class NetworkFaults:
 
 @dataclass(slots=True)
 class LinkEnd[Message]:
-    """One end of a link: where messages arrive, until that side learns that the link is down."""
+    """One end of a link: where messages arrive, until that side learns that the link is down.
+
+    latest: when the last of the messages on their way there arrives.
+    """
 
     receive: Callable[[Message], None]
     closed: Callable[[], None]
     is_open: bool = True
+    latest: float = 0.0
 
 
 class Link:
@@ -73,15 +78,23 @@ class Link:
             if end is not None:
                 self._close_later(end)
 
-    def _carry[Message](self, end: LinkEnd[Message] | None, message: Message) -> None:
+    def _carry[Message: ToGateway | ToWorker](
+        self, end: LinkEnd[Message] | None, message: Message
+    ) -> None:
         faults, chance, now = self._faults, self._chance, self._world.now
+        watch = self._world.watch
         if not self.up or end is None or now < self._black_until:
             return
         copies = 1
         if now < faults.until:
             if chance.random() < faults.loss:
+                if watch is not None:
+                    watch.message(message, Mishap.LOSS)
                 return
-            copies += chance.random() < faults.duplication
+            if chance.random() < faults.duplication:
+                copies = 2
+                if watch is not None:
+                    watch.message(message, Mishap.DUPLICATION)
 
         def arrive() -> None:
             if self.up and end.is_open:
@@ -89,7 +102,11 @@ class Link:
 
         for _ in range(copies):
             leaves = max(now, self._stalled_until)
-            self._world.time.at(leaves + chance.uniform(*faults.delay), arrive)
+            arrives = leaves + chance.uniform(*faults.delay)
+            if watch is not None and arrives < end.latest:
+                watch.message(message, Mishap.REORDER)
+            end.latest = max(end.latest, arrives)
+            self._world.time.at(arrives, arrive)
 
     def _close_later[Message](self, end: LinkEnd[Message]) -> None:
         def close() -> None:

@@ -117,6 +117,9 @@ class WorkerNode:
         if self.destroyed:
             return
         self._world.note(self.name, event)
+        if self._world.watch is not None and isinstance(event, ReplicaLoaded):
+            node = self.replicas[event.load.replica]
+            self._world.watch.engine_stepped(node.name, node.core, event.load)
         effects = self.core.handle(event, self._world.now)
         self.core.check_invariants()
         for effect in effects:

@@ -33,6 +33,11 @@ class WorkerSite:
         self._link: Link | None = None
         self.start()
 
+    @property
+    def connected(self) -> bool:
+        """Its link is up."""
+        return self._link is not None and self._link.up
+
     def start(self) -> None:
         """Start the worker as a new incarnation."""
         self._starts += 1
@@ -83,8 +88,7 @@ class WorkerSite:
         self._world.time.after(self._chance.uniform(*_RECONNECT_S), lambda: self._connect(node))
 
     def _connect(self, node: WorkerNode | None) -> None:
-        connected = self._link is not None and self._link.up
-        if node is None or node is not self.node or connected:
+        if node is None or node is not self.node or self.connected:
             return
         self._link = Link(self._world, self._faults, self._chance, self._world.number())
         # Both ends first: each says something as soon as it is connected.

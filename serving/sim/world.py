@@ -4,6 +4,7 @@ import random
 
 from serving.errors import InternalError
 from serving.sim.event_heap import EventHeap
+from serving.sim.watch import Watch
 
 
 class InvariantViolated(InternalError):
@@ -22,6 +23,7 @@ class World:
         self.checked = checked
         self.time = EventHeap()
         self.log: list[str] | None = [] if keep_log else None
+        self.watch: Watch | None = None  # looks on
         self._last_number = 0
 
     @property
