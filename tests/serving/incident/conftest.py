@@ -31,7 +31,9 @@ def recorded(tmp_path_factory) -> Recorded:
         num_rows=4,
         num_blocks=12,
         max_prefill_tokens=32,
+        max_prefills=1,
         prefill_buckets=(32,),
+        batch_sizes=(4,),
         cache_dir=tmp_path_factory.mktemp("programs"),
     )
     source = RandomWeights(preset("tiny-smollm"), "tiny-smollm")
