@@ -1,6 +1,7 @@
 """Writes a core's event log beside a live run, without ever holding the run up."""
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -54,12 +55,13 @@ class Recorder:
         self._dropped = 0  # counted by the thread that writes
         self._closed = False
         try:
-            self._file = path.open("xb")
+            self._file = open(path, "xb", opener=_private)
         except OSError as error:
             raise ConfigurationError(
                 f"--record_dir: {path} cannot be made ({error.strerror})."
             ) from error
         self._bytes = self._file.write(log_file.start(header))
+        self._file.flush()
         self._thread = threading.Thread(target=self._run, name=f"record-{header.name}", daemon=True)
         self._thread.start()
 
@@ -120,6 +122,11 @@ class Recorder:
             self._file.flush()  # a crash then costs the events in the queue, no more
         time.sleep(0)  # lets a shell that waits for the interpreter go first
         return True
+
+
+def _private(path: str, flags: int) -> int:
+    """For the owner alone: a log holds what clients asked and were answered."""
+    return os.open(path, flags, 0o600)
 
 
 def open_recorder(

@@ -61,6 +61,8 @@ def test_a_full_file_and_events_that_cannot_be_written_end_the_log(tmp_path):
 
 def test_a_log_that_is_not_closed_has_what_was_written(tmp_path):
     recorder = Recorder(tmp_path / "log", HEADER)
+    assert recorder.path.read_bytes() == log_file.start(HEADER)
+    assert recorder.path.stat().st_mode & 0o777 == 0o600
     recorder(0.5, WorkerTick(), [])
     size = len(log_file.start(HEADER))
     for _ in range(10_000):
