@@ -55,7 +55,8 @@ class Recorder:
         self._dropped = 0  # counted by the thread that writes
         self._closed = False
         try:
-            self._file = open(path, "xb", opener=_private)
+            # For the owner alone: a log holds what clients asked and were answered.
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         except OSError as error:
             raise ConfigurationError(
                 f"--record_dir: {path} cannot be made ({error.strerror})."
@@ -122,11 +123,6 @@ class Recorder:
             self._file.flush()  # a crash then costs the events in the queue, no more
         time.sleep(0)  # lets a shell that waits for the interpreter go first
         return True
-
-
-def _private(path: str, flags: int) -> int:
-    """For the owner alone: a log holds what clients asked and were answered."""
-    return os.open(path, flags, 0o600)
 
 
 def open_recorder(
