@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from serving.cluster import messages as m
 from serving.cluster import worker_events as w
 from serving.cluster.generation import GenerationRequest
 from serving.engine.events import AddRequest, CancelRequest, EngineEvent, PlanStep, StepDone
-from serving.engine.plan import NO_ROWS, LogprobArrays, StepPlan, StepResult
+from serving.engine.plan import NO_ROWS, Int32, LogprobArrays, StepPlan, StepResult
 from serving.engine.request import (
     EngineRequest,
     FinishReason,
@@ -21,7 +22,7 @@ from serving.engine.request import (
     TokenLogprobs,
 )
 from serving.errors import QueueFullError
-from serving.incident.values import decode, encode
+from serving.incident.values import decode, encode, reader
 from serving.policy.snapshot import ReplicaLoad
 
 SAMPLING = SamplingParams(0.1, 5, 1 / 3, 0, 2**32 - 1, 2, 9, 1, (3, 4), True)
@@ -75,10 +76,16 @@ def test_events_come_back(kind, event):
     assert repr(again) == repr(event)  # 1 and 1.0 are equal, and different
 
 
+WITH_ARRAYS = {StepResult, Int32}  # compared by the tests below
+
+
 def test_the_table_above_has_every_event():
     for kind, events in EVENTS.items():
-        had = {type(event) for event in events} | {StepDone}
-        assert set(kind.__args__) <= had
+        reader(kind)
+        plain = {
+            one for one in kind.__args__ if not WITH_ARRAYS & set(get_type_hints(one).values())
+        }
+        assert plain == {type(event) for event in events}
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 1), (3, 0), (2, 3)])
