@@ -16,8 +16,8 @@ from serving.incident.values import encode
 
 _log = logging.getLogger(__name__)
 
-_MOST_WAITING = 8192
-"""Events that may wait to be written: seconds of a busy replica, and a few MB."""
+_MOST_WAITING = 2048
+"""Events that may wait to be written: ten seconds of a replica of 256 rows, some 40 MB."""
 
 _CLOSING_S = 10.0  # for what waits to be written when the shell ends
 
