@@ -31,6 +31,10 @@ class Recorder:
     lacks; serving goes on. keep_answers: also keep the answers themselves and not their digests
     alone, which makes the file several times as large and a difference readable.
 
+    Measured on a loaded 2-core x86 host: 0.26 us of the shell's thread per event; of the other one
+    19, 92 and 304 us per decode step of 1, 64 and 256 rows, three events and 0.2, 0.8 and 2.7 kB in
+    all (0.4, 6.6 and 26 kB with answers). Steps of 8 ms of 256 rows kept their median.
+
     Raises ConfigurationError if the file cannot be made; one that exists is not overwritten.
     """
 
