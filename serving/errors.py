@@ -97,3 +97,12 @@ class WorkloadFileError(LumenError):
         self.line = line
         self.column = column
         self.field = field
+
+
+class EventLogError(LumenError):
+    """An event log is malformed or of another version. offset: of the first wrong byte's record."""
+
+    def __init__(self, path: Path, offset: int, found: str, expected: str) -> None:
+        super().__init__(f"{path}, byte {offset}: found {found}; expected {expected}.")
+        self.path = path
+        self.offset = offset

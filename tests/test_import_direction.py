@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: list[list[str]] = [
     ["serving.launch"],
     ["serving.api", "serving.sim"],
+    ["serving.incident"],
     ["serving.cluster"],
     ["serving.elastic", "serving.engine"],
     ["serving.kv"],
@@ -95,6 +96,7 @@ def test_imports_point_one_way(module: str, path: Path) -> None:
         ("serving.policy.dispatch", "from serving.engine.request import Priority"),
         ("serving.api.http", "def f():\n    import serving.launch"),
         ("serving.sim.heap", "from serving import api"),
+        ("serving.cluster.worker_shell", "from serving.incident.recorder import Recorder"),
         ("serving.errors", "import lumen.config"),
     ],
 )

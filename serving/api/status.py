@@ -16,6 +16,7 @@ from serving.errors import (
     ConfigurationError,
     DeadlineExceededError,
     DrainingError,
+    EventLogError,
     ExecutorError,
     InternalError,
     InvalidRequestError,
@@ -75,6 +76,7 @@ STATUSES: dict[type[LumenError], ErrorStatus] = {
     ConfigurationError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "configuration_error"),
     ExecutorError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "executor_error"),
     WorkloadFileError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "workload_file_error"),
+    EventLogError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "event_log_error"),
     InternalError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "internal_error"),
     LumenError: ErrorStatus(_CODE.INTERNAL, 500, _SERVER, "internal_error"),
 }

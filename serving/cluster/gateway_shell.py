@@ -33,6 +33,7 @@ from serving.cluster.gateway_events import (
 )
 from serving.cluster.generation import Delta, GatewayInfo, GenerationRequest, TokenStream
 from serving.cluster.messages import StepOutputs, ToGateway, ToWorker
+from serving.engine.event_sink import EventSink, handle_recorded
 from serving.engine.request import TokenLogprobs
 from serving.errors import InternalError, UnavailableError
 
@@ -47,12 +48,14 @@ class GatewayShell:
 
     Make it inside the loop. All methods are for that loop only. If the core raises, which is a
     defect, every stream fails with InternalError, nothing new is taken and `failed` is set: the
-    process should then end and be restarted, since the core's state is not to be trusted.
+    process should then end and be restarted, since the core's state is not to be trusted. `record`
+    is told of every event and answer.
     """
 
-    def __init__(self, core: GatewayCore) -> None:
+    def __init__(self, core: GatewayCore, record: EventSink | None = None) -> None:
         self.failed = asyncio.Event()
         self._core = core
+        self._record = record
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._last_number = 0
@@ -164,7 +167,7 @@ class GatewayShell:
         if self._unusable is not None:
             raise self._unusable
         try:
-            effects = self._core.handle(event, self._loop.time())
+            effects = self._answer(event)
         except Exception as error:
             # The core raises for defects only. Going on could deliver wrong tokens.
             _log.exception("gateway core failed at %s", type(event).__name__)
@@ -175,6 +178,11 @@ class GatewayShell:
             self._carry_out(effect)
         self._arm_timer()
         self._check_readiness(event)
+
+    def _answer(self, event: GatewayEvent) -> list[GatewayEffect]:
+        if self._record is None:
+            return self._core.handle(event, self._loop.time())
+        return handle_recorded(self._core.handle, event, self._loop.time(), self._record)
 
     def _carry_out(self, effect: GatewayEffect) -> None:
         match effect:

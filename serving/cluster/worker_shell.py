@@ -26,6 +26,7 @@ from serving.cluster.worker_events import (
     WorkerEvent,
     WorkerTick,
 )
+from serving.engine.event_sink import EventSink, handle_recorded
 from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import RequestOutput
 from serving.errors import InternalError
@@ -40,12 +41,14 @@ class WorkerShell:
     Make it inside the loop, give its `stepped` and `replica_failed` to the replicas' threads
     (`serving.engine.loop`), then `attach` every replica's mailbox. Only those two may be called
     from other threads. If the core raises, which is a defect, nothing is handled any more and
-    `broken` is set: the process should end and be restarted.
+    `broken` is set: the process should end and be restarted. `record` is told of every event and
+    answer.
     """
 
-    def __init__(self, core: WorkerCore) -> None:
+    def __init__(self, core: WorkerCore, record: EventSink | None = None) -> None:
         self.broken = asyncio.Event()
         self._core = core
+        self._record = record
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._last_link = 0
@@ -126,7 +129,7 @@ class WorkerShell:
         if self._closed:
             return
         try:
-            effects = self._core.handle(event, self._loop.time())
+            effects = self._answer(event)
             for effect in effects:
                 self._carry_out(effect)
         except Exception:
@@ -139,6 +142,11 @@ class WorkerShell:
             self.broken.set()
             return
         self._arm_timer()
+
+    def _answer(self, event: WorkerEvent) -> list[WorkerEffect]:
+        if self._record is None:
+            return self._core.handle(event, self._loop.time())
+        return handle_recorded(self._core.handle, event, self._loop.time(), self._record)
 
     def _carry_out(self, effect: WorkerEffect) -> None:
         match effect:

@@ -2,13 +2,15 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serving.engine.core import EngineCore
+from serving.engine.event_sink import EventSink, handle_recorded
 from serving.engine.events import (
     AddRequest,
     CancelRequest,
+    EngineEffect,
     EngineEvent,
     Fail,
     Interrupt,
@@ -34,12 +36,14 @@ class LoopPorts:
 
     publish: gets the outputs of a step (or of a cancellation) and the load after it, once per
         step; on the loop's thread, so it must not block. clock: seconds, monotonic.
+    record: told of every event and answer.
     """
 
     core: EngineCore
     executor: Executor
     publish: Publisher
     clock: Callable[[], float]
+    record: EventSink | None = None
 
     def tell(self, event: EngineEvent) -> bool:
         """Give the core an event and carry out what it answers; whether a plan was submitted.
@@ -48,7 +52,7 @@ class LoopPorts:
         """
         submitted = False
         outputs: tuple[RequestOutput, ...] = ()
-        for effect in self.core.handle(event, self.clock()):
+        for effect in self._answer(event):
             if isinstance(effect, Submit):
                 self.executor.submit(effect.plan)
                 submitted = True
@@ -61,6 +65,11 @@ class LoopPorts:
         if outputs or isinstance(event, StepDone):
             self.publish(outputs, self.core.load())
         return submitted
+
+    def _answer(self, event: EngineEvent) -> Sequence[EngineEffect]:
+        if self.record is None:
+            return self.core.handle(event, self.clock())
+        return handle_recorded(self.core.handle, event, self.clock(), self.record)
 
 
 def run_plain(ports: LoopPorts, mailbox: Mailbox) -> None:

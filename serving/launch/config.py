@@ -171,6 +171,25 @@ class LifeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordSettings:
+    """Event logs for `tools/replay_incident.py`. They hold what clients ask and are answered."""
+
+    record_dir: str = _setting(
+        "",
+        "Folder for event logs, one per gateway, worker and replica; they hold prompts and answers "
+        "as tokens. Empty: none are kept.",
+    )
+    record_answers: bool = _setting(
+        False,
+        "Keep what the cores answered too, not its digest alone: logs several times as large, in "
+        "which a difference can be read.",
+    )
+    record_limit_mib: int = _setting(
+        1024, "Size at which a log ends, in MiB; serving goes on.", minimum=1
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class CheckSettings:
     """The first prompt lumen-serve answers by itself, to show that all works."""
 
@@ -190,6 +209,7 @@ class ServeConfig:
     worker: WorkerLinkSettings = WorkerLinkSettings()
     gateway: GatewayLinkSettings = GatewayLinkSettings()
     life: LifeSettings = LifeSettings()
+    record: RecordSettings = RecordSettings()
     check: CheckSettings = CheckSettings()
 
     def __post_init__(self) -> None:
@@ -201,9 +221,9 @@ class ServeConfig:
 
 # Sections of the tree that each program has flags for, in the order of its --help.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "lumen-serve": ("model", "devices", "batching", "front_door", "life", "check"),
-    "lumen-worker": ("model", "devices", "batching", "worker", "life"),
-    "lumen-gateway": ("model", "front_door", "gateway", "life"),
+    "lumen-serve": ("model", "devices", "batching", "front_door", "life", "record", "check"),
+    "lumen-worker": ("model", "devices", "batching", "worker", "life", "record"),
+    "lumen-gateway": ("model", "front_door", "gateway", "life", "record"),
 }
 
 

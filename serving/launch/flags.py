@@ -28,6 +28,7 @@ SECTION_TITLES = {
     "worker": "Worker",
     "gateway": "Gateway",
     "life": "Starting and stopping",
+    "record": "Recording",
     "check": "Self-check",
 }
 

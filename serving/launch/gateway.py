@@ -22,6 +22,7 @@ from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse
 from serving.launch.lifeline import Announce, watch_supervisor
 from serving.launch.model import ServedModel, served_model
+from serving.launch.recording import recorder_of
 from serving.launch.signals import until_stopped
 from serving.launch.supervisor import say
 
@@ -51,7 +52,9 @@ def main(argv: list[str]) -> int:
 async def serve(config: ServeConfig, model: ServedModel, announce: Announce) -> int:
     """Serve clients until told to stop (0) or until the core is lost (1)."""
     door = config.front_door
-    gateway = GatewayShell(GatewayCore(gateway_config(config)))
+    settings = gateway_config(config)
+    recorder = recorder_of(config.record, settings.gateway_id, settings)
+    gateway = GatewayShell(GatewayCore(settings), recorder)
     text = text_service(config, model)
     metrics = ServingMetrics(text.model_id, gateway.info)
     server = await start_inference_server(
@@ -86,6 +89,8 @@ async def serve(config: ServeConfig, model: ServedModel, announce: Announce) -> 
     for link in links:
         link.cancel()
     await asyncio.wait(links)
+    if recorder is not None:
+        recorder.close()
     return 0 if in_order else 1
 
 

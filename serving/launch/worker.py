@@ -16,12 +16,14 @@ from serving.cluster.worker_shell import WorkerShell
 from serving.engine.core import EngineCore
 from serving.engine.executor import Executor, ExecutorLimits
 from serving.engine.loop import LoopPorts, ReplicaThread
+from serving.incident.cores import EngineParts
 from serving.launch.config import ServeConfig
 from serving.launch.flags import EXIT_CONFIGURATION, parse
 from serving.launch.jax_start import start_jax
 from serving.launch.lifeline import Announce, watch_supervisor
 from serving.launch.model import ServedModel, check_arena_holds_a_request, served_model
 from serving.launch.progress import progress_display
+from serving.launch.recording import recorder_of
 from serving.launch.replicas import build_replicas
 from serving.launch.signals import until_stopped
 from serving.launch.supervisor import say
@@ -66,7 +68,9 @@ async def serve(
 ) -> int:
     """Serve gateways until told to stop (0) or until a replica or the core is lost (1)."""
     limits = [executor.limits for _, executor in replicas]
-    shell = WorkerShell(WorkerCore(worker_config(config, model, limits)))
+    settings = worker_config(config, model, limits)
+    recorders = [recorder_of(config.record, settings.worker_id, settings)]
+    shell = WorkerShell(WorkerCore(settings), recorders[0])
     loop = asyncio.get_running_loop()
     lost = asyncio.Event()
 
@@ -76,7 +80,11 @@ async def serve(
 
     threads = []
     for number, (core, executor) in enumerate(replicas):
-        ports = LoopPorts(core, executor, functools.partial(shell.stepped, number), loop.time)
+        name = f"{settings.worker_id}-replica-{number}"
+        recorder = recorder_of(config.record, name, EngineParts(core.limits, core.config))
+        recorders.append(recorder)
+        stepped = functools.partial(shell.stepped, number)
+        ports = LoopPorts(core, executor, stepped, loop.time, recorder)
         thread = ReplicaThread(ports, functools.partial(replica_failed, number))
         shell.attach(number, thread.post)
         shell.stepped(number, (), core.load())
@@ -100,6 +108,9 @@ async def serve(
         thread.stop()
     for thread in threads:
         thread.join(_THREAD_STOP_S)
+    for recorder in recorders:
+        if recorder is not None:
+            recorder.close()
     return 0 if in_order else 1
 
 
