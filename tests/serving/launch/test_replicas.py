@@ -11,7 +11,7 @@ from serving.launch.replicas import build_replicas, executor_config
 
 
 @pytest.mark.parametrize(
-    "made", ["0 programs loaded, 10 compiled", "10 programs loaded, 0 compiled"]
+    "made", ["0 programs loaded, 11 compiled", "11 programs loaded, 0 compiled"]
 )
 def test_a_second_start_says_that_all_was_loaded(made, tmp_path_factory, caplog):
     folder = tmp_path_factory.getbasetemp() / "programs-of-two-starts"
