@@ -72,6 +72,7 @@ def test_every_repetition_is_the_same_step(monkeypatch):
         assert H200.cost.seconds(measured.work) == pytest.approx(measured.seconds, rel=0.002)
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_profile(tmp_path):
     path = tmp_path / "profile.json"
     done = subprocess.run(

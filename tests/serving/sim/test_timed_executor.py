@@ -59,10 +59,10 @@ def test_decodes_read_what_their_rows_hold():
     executor = made()
     duration(executor, start(1, chunk(0, 0, 600), chunk(5, 0, 100, samples=False)))
     seconds, result = duration(executor, decode(2, [0, 5]))
-    assert seconds == PROFILE.cost.seconds(StepWork(2, 2, 700))
+    assert seconds == PROFILE.cost.seconds(StepWork(8, 2, 700))
     assert result.tokens.tolist() == [[601], [101]]
     seconds, result = duration(executor, decode(3, [0, 5], steps=3))
-    assert seconds == pytest.approx(PROFILE.cost.seconds(StepWork(2, 2, 702, 3)))
+    assert seconds == pytest.approx(PROFILE.cost.seconds(StepWork(8, 2, 702, 3)))
     assert result.tokens.tolist() == [[602, 603, 604], [102, 103, 104]]
 
 
