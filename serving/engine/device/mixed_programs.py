@@ -87,8 +87,9 @@ class MixedPrograms:
             (WHOLE,) * 7,
         )
 
-    def unit(self, size: MixedSize) -> Description:
-        """The layers of one unit."""
+    def unit(self, size: MixedSize, *, is_last: bool = False) -> Description:
+        """The layers of one unit, or of the last one, which takes a `LastTokens` too and ends with
+        what something is sampled behind."""
         shapes, attention = self._shapes, self._attention
         unit = shapes.defs.unit
 
@@ -101,65 +102,38 @@ class MixedPrograms:
             decode_schedule: Schedule,
             prefill_schedule: Schedule,
             place: Place,
-        ) -> tuple[jax.Array, Arena]:
-            attend = attention.mixed_attend(
-                step, decode_schedule, prefill_schedule, context, place.offsets
-            )
-            result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
-            )
-            return result
-
-        return Description(mixed_unit, self._arguments(size), (WHOLE, ARENA), donate=(1, 2))
-
-    def last(self, size: MixedSize) -> Description:
-        """The layers of the last unit, which ends with what something is sampled behind."""
-        shapes, attention = self._shapes, self._attention
-        unit = shapes.defs.unit
-
-        def mixed_last(
-            weights: Sequence[jax.Array],
-            hidden: jax.Array,
-            arena: Arena,
-            context: MixedContext,
-            step: Step,
-            decode_schedule: Schedule,
-            prefill_schedule: Schedule,
-            place: Place,
-            last: LastTokens,
+            last: LastTokens | None = None,
         ) -> tuple[jax.Array, Arena]:
             attend = attention.mixed_attend(
                 step, decode_schedule, prefill_schedule, context, place.offsets, last
             )
+            kept = None if last is None else last.places
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
+                hidden, arena, attend, self._target, self._axis, kept, shapes.mail(place)
             )
             return result
 
-        last = attention.last_shape(size.rows, self._decode_schedule(size))
-        arguments = (*self._arguments(size), last)
-        return Description(mixed_last, arguments, (WHOLE, ARENA), donate=(2,))
-
-    def _arguments(self, size: MixedSize) -> tuple[Any, ...]:
-        """Of mixed_unit."""
-        shapes, attention = self._shapes, self._attention
         rows, sequences, columns = size.rows, size.sequences, shapes.table_columns
+        sequence_numbers = shapes.int32(sequences)
+        # Of the decode rows, and of the last tokens, which are as many.
+        decode_schedule = self._schedule_shape(attention.decode_schedule, shapes.int32(rows))
         shaped: Any = MixedContext  # of shape structs
         context = shaped(
             shapes.int32(rows, columns), shapes.int32(rows),
-            shapes.int32(sequences, columns), shapes.int32(sequences), shapes.int32(sequences),
+            shapes.int32(sequences, columns), sequence_numbers, sequence_numbers,
         )  # fmt: skip
-        return (
-            shapes.weights(shapes.defs.unit), shapes.hidden(size.tokens), shapes.arena(), context,
+        arguments = (
+            shapes.weights(unit), shapes.hidden(size.tokens), shapes.arena(), context,
             attention.step_shape(size.tokens),
-            self._decode_schedule(size),
+            decode_schedule,
             self._schedule_shape(
                 partial(attention.prefill_schedule, tokens=size.prompt_tokens),
-                shapes.int32(sequences), shapes.int32(sequences),
+                sequence_numbers, sequence_numbers,
             ),
             shapes.place(),
         )  # fmt: skip
-
-    def _decode_schedule(self, size: MixedSize) -> Any:
-        """Its shape, of the decode rows and of the last tokens, which are as many."""
-        return self._schedule_shape(self._attention.decode_schedule, self._shapes.int32(size.rows))
+        if not is_last:
+            return Description(mixed_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
+        mixed_unit.__name__ = "mixed_last"
+        with_last = (*arguments, attention.last_shape(rows, decode_schedule))
+        return Description(mixed_unit, with_last, (WHOLE, ARENA), donate=(2,))

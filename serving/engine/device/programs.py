@@ -157,10 +157,11 @@ class ProgramBuilder:
             found["decode_unit", b] = partial(self._decode_unit, b)
         for c, s in sorted(chunk_buckets.items(), reverse=True):
             found["prefill_unit", c] = partial(self._prefill_unit, c, s)
-            found["prefill_last", c] = partial(self._prefill_last, c, s)
+            found["prefill_last", c] = partial(self._prefill_unit, c, s, is_last=True)
         for size in mixed_sizes:
             found["mixed_unit", *size] = partial(self._described, self._mixed.unit, size)
-            found["mixed_last", *size] = partial(self._described, self._mixed.last, size)
+            last = partial(self._mixed.unit, is_last=True)
+            found["mixed_last", *size] = partial(self._described, last, size)
         draws = draw_sizes(decode_buckets)
         for d in draws:
             for kind in DRAWN_KINDS:
@@ -273,8 +274,11 @@ class ProgramBuilder:
             (WHOLE,) * 5,
         )
 
-    def _prefill_unit(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        shapes = self._shapes
+    def _prefill_unit(
+        self, tokens: int, sequences: int, *, is_last: bool = False
+    ) -> jax.stages.Lowered:
+        """The layers of one unit, or of the last one, which takes a `LastTokens` too."""
+        shapes, attention = self._shapes, self._attention
         unit = shapes.defs.unit
 
         def prefill_unit(
@@ -285,61 +289,34 @@ class ProgramBuilder:
             step: Step,
             schedule: Schedule,
             place: Place,
+            last: LastTokens | None = None,
         ) -> tuple[jax.Array, Arena]:
             tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(
-                step, schedule, tables, starts, counts, place.offsets
-            )
-            result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, mail=shapes.mail(place)
-            )
-            return result
-
-        arguments = self._prefill_arguments(tokens, sequences)
-        return self._lower(prefill_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
-
-    def _prefill_last(self, tokens: int, sequences: int) -> jax.stages.Lowered:
-        shapes = self._shapes
-        unit = shapes.defs.unit
-
-        def prefill_last(
-            weights: Sequence[jax.Array],
-            hidden: jax.Array,
-            arena: Arena,
-            call: jax.Array,
-            step: Step,
-            schedule: Schedule,
-            place: Place,
-            last: LastTokens,
-        ) -> tuple[jax.Array, Arena]:
-            tables, starts, counts, _ = self._unpacked(call, tokens, sequences)
-            attend = self._attention.prefill_attend(
+            attend = attention.prefill_attend(
                 step, schedule, tables, starts, counts, place.offsets, last
             )
+            kept = None if last is None else last.places
             result: tuple[jax.Array, Arena] = unit.merge(weights)(
-                hidden, arena, attend, self._target, self._axis, last.places, shapes.mail(place)
+                hidden, arena, attend, self._target, self._axis, kept, shapes.mail(place)
             )
             return result
 
-        last = self._attention.last_shape(
-            sequences,
-            self._schedule_shape(self._attention.decode_schedule, self._shapes.int32(sequences)),
-        )
-        arguments = (*self._prefill_arguments(tokens, sequences), last)
-        return self._lower(prefill_last, arguments, (WHOLE, ARENA), donate=(2,))
-
-    def _prefill_arguments(self, tokens: int, sequences: int) -> tuple[Any, ...]:
-        """Of prefill_unit."""
-        shapes, attention = self._shapes, self._attention
-        return (
-            shapes.weights(shapes.defs.unit), shapes.hidden(tokens), shapes.arena(),
+        sequence_numbers = shapes.int32(sequences)
+        arguments = (
+            shapes.weights(unit), shapes.hidden(tokens), shapes.arena(),
             shapes.prefill_call(tokens, sequences), attention.step_shape(tokens),
             self._schedule_shape(
                 partial(attention.prefill_schedule, tokens=tokens),
-                shapes.int32(sequences), shapes.int32(sequences),
+                sequence_numbers, sequence_numbers,
             ),
             shapes.place(),
         )  # fmt: skip
+        if not is_last:
+            return self._lower(prefill_unit, arguments, (WHOLE, ARENA), donate=(1, 2))
+        prefill_unit.__name__ = "prefill_last"
+        schedule = self._schedule_shape(attention.decode_schedule, sequence_numbers)
+        with_last = (*arguments, attention.last_shape(sequences, schedule))
+        return self._lower(prefill_unit, with_last, (WHOLE, ARENA), donate=(2,))
 
     def _schedule_shape(
         self, make: Callable[..., Schedule], *arguments: jax.ShapeDtypeStruct
