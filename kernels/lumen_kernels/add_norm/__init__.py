@@ -12,11 +12,11 @@ from lumen_kernels.add_norm import mosaic_gpu, xla
 from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.target import Backend, Target
 
-__all__ = ["add_rms_norm", "rms_norm", "rms_norm_and_zero"]
+__all__ = ["add_rms_norm", "rms_norm_and_zero"]
 
 # All norms of a program share one lowered kernel: the compiler does not see that they are the same.
 _on_gpu: Callable[..., list[jax.Array]] = jax.jit(
-    mosaic_gpu.run, static_argnums=3, static_argnames=("zero", "interpret")
+    mosaic_gpu.run, static_argnums=3, static_argnames="interpret"
 )
 
 
@@ -44,30 +44,19 @@ def add_rms_norm(
     return hidden, normed
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, target: Target) -> jax.Array:
-    """x / sqrt(mean(x ** 2) + eps) * weight, of x [rows, n] and weight float32 [n].
-
-    In float32, rounded to x's dtype. Raises KernelArgumentError.
-    """
-    _check("rms_norm", "x", x, weight)
-    if not _has_kernel(x, target):
-        return xla.rms_norm(x, weight, eps)
-    (normed,) = _on_gpu(None, x, weight, eps, interpret=target.interpret)
-    return normed
-
-
 def rms_norm_and_zero(
     x: jax.Array, weight: jax.Array, eps: float, *, target: Target
 ) -> tuple[jax.Array, jax.Array]:
-    """`rms_norm`, and an int32 [1] of 0 that may be written to.
+    """x / sqrt(mean(x ** 2) + eps) * weight, and an int32 [1] of 0 that may be written to.
 
-    A kernel that counts in place wants such a one. A constant would have to be copied first: a
-    launch, where the norm's has time for it. Raises KernelArgumentError.
+    x [rows, n], weight float32 [n]; in float32, rounded to x's dtype. A kernel that counts in place
+    wants such a zero. A constant would have to be copied first: a launch, where the norm's has time
+    for it. Raises KernelArgumentError.
     """
     _check("rms_norm_and_zero", "x", x, weight)
     if not _has_kernel(x, target):
         return xla.rms_norm(x, weight, eps), jnp.zeros((1,), jnp.int32)
-    normed, zero = _on_gpu(None, x, weight, eps, zero=True, interpret=target.interpret)
+    normed, zero = _on_gpu(None, x, weight, eps, interpret=target.interpret)
     return normed, zero
 
 

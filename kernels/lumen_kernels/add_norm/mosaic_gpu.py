@@ -39,13 +39,12 @@ def run(
     weight: jax.Array,
     eps: float,
     *,
-    zero: bool = False,
     interpret: bool = False,
 ) -> list[jax.Array]:
-    """Hidden states residual + x [rows, width] and their norm; without x, the norm of residual.
-
-    bfloat16, or x float32 [parts, rows, width], to be added up; weight float32 [width]. zero: last,
+    """Hidden states residual + x [rows, width] and their norm; without x, the norm of residual, and
     an int32 [1] of 0.
+
+    bfloat16, or x float32 [parts, rows, width], to be added up; weight float32 [width].
     """
     rows, width = residual.shape
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // _THREADS, _VECTOR))
@@ -53,10 +52,7 @@ def run(
     given = {name: one for name, one in given.items() if one is not None}
     states = jax.ShapeDtypeStruct(residual.shape, residual.dtype)
     made = {"hidden": states, "normed": states, "zero": jax.ShapeDtypeStruct((1,), jnp.int32)}
-    if x is None:
-        del made["hidden"]
-    if not zero:
-        del made["zero"]
+    del made["hidden" if x is None else "zero"]
 
     def body(*arrays: Any) -> None:
         refs = dict(zip([*given, *made], arrays, strict=True))
@@ -69,7 +65,7 @@ def run(
             wide = [one.astype(jnp.float32) for one in (*added, hidden)]
             hidden = sum(wide[1:], wide[0]).astype(hidden.dtype)
             refs["hidden"].at[row][...] = hidden
-        if zero:
+        if x is None:
 
             @pl.when(row == 0)
             def _() -> None:
