@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from serving.cluster.gateway_events import GatewayConfig
+from serving.cluster.messages import ReplicaInfo
 from serving.cluster.worker_events import WorkerConfig
 from serving.engine.active import ActiveRequest
 from serving.engine.config import EngineConfig
@@ -14,7 +15,7 @@ from serving.policy.dispatch import Dispatch, dispatch
 from serving.sim.fleet_clients import FleetClients
 from serving.sim.fleet_records import FleetSample, GapHistogram, RequestTimes
 from serving.sim.fleet_replica import FleetReplica
-from serving.sim.fleet_worker import FleetWorker, replica_info
+from serving.sim.fleet_worker import FleetWorker
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.profile import Profile
 from serving.sim.timed_executor import TimedExecutor
@@ -168,7 +169,7 @@ class FleetRun:
             model_id=self._config.profile.model,
             model_revision=limits.model_revision,
             vocab_size=limits.vocab_size,
-            replicas=tuple(replica_info(replica, limits) for replica in range(count)),
+            replicas=tuple(ReplicaInfo.of(replica, limits) for replica in range(count)),
             report_interval_s=self._config.report_s,
         )
 
