@@ -85,15 +85,14 @@ class RequestTimes:
 
     @property
     def ttft(self) -> Float64:
-        """Seconds to the first token of every request that had one."""
-        times = self.first - self.arrived
-        return times[~np.isnan(times)]
+        """Seconds to the first token, [requests]; NaN where none came."""
+        return self.first - self.arrived
 
     @property
     def tpot(self) -> Float64:
-        """Mean seconds per further token of every request that finished with two or more."""
-        several = (self.tokens > 1) & ~np.isnan(self.finished)
-        return (self.finished - self.first)[several] / (self.tokens[several] - 1)
+        """Mean seconds per further token, [requests]; NaN unless it finished with two or more."""
+        further = np.where(self.tokens > 1, self.tokens - 1, np.nan)
+        return (self.finished - self.first) / further
 
 
 @dataclass(slots=True)

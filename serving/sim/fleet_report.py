@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from serving.sim.fleet_records import Float64, GapHistogram
+from serving.sim.fleet_records import GapHistogram
 from serving.sim.fleet_run import FleetResult
 from serving.sim.workload.requests import ServiceClass, Workload
 
@@ -66,17 +66,11 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def _latencies(name: str, result: FleetResult, mine: Any) -> list[Row]:
-    times = result.times
-    had_first = mine & ~np.isnan(times.first)
-    several = mine & (times.tokens > 1) & ~np.isnan(times.finished)
-    spans: dict[str, Float64] = {
-        "TTFT": (times.first - times.arrived)[had_first],
-        "TPOT": (times.finished - times.first)[several] / (times.tokens[several] - 1),
-    }
-    return [
-        {**_row(f"{name}, {what}", "s", samples), "percentiles": _percentiles(samples)}
-        for what, samples in spans.items()
-    ]
+    rows = []
+    for what, times in (("TTFT", result.times.ttft), ("TPOT", result.times.tpot)):
+        samples = times[mine & ~np.isnan(times)]
+        rows.append({**_row(f"{name}, {what}", "s", samples), "percentiles": _percentiles(samples)})
+    return rows
 
 
 def _kept_promises(service: ServiceClass, result: FleetResult, mine: Any) -> list[Row]:
@@ -84,7 +78,7 @@ def _kept_promises(service: ServiceClass, result: FleetResult, mine: Any) -> lis
     times = result.times
     rows = []
     if service.ttft_s is not None:
-        kept = mine & (times.first - times.arrived <= service.ttft_s)
+        kept = mine & (times.ttft <= service.ttft_s)
         rows.append(_row(f"{service.name}, TTFT as promised", "share", [kept.sum() / mine.sum()]))
     if service.tpot_s is not None:
         further = np.maximum(times.tokens - 1, 1)

@@ -1,7 +1,7 @@
 """A fleet in virtual time: the real gateway, worker and engine cores under a workload."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from serving.cluster.gateway_events import GatewayConfig
@@ -23,6 +23,10 @@ from serving.sim.transport import Link, NetworkFaults
 from serving.sim.workload.requests import Workload
 from serving.sim.world import World
 
+DEFAULT_ENGINE = EngineConfig(prefix_caching=False, publish_every=1 << 30)
+"""Settings of a replica unless others are given. All tokens but the first come in one output:
+nobody looks at those between, and their times are kept."""
+
 _WARM_UP_S = 0.5  # until every worker has said hello and reported
 _MOST_SAMPLES = 4096
 
@@ -41,9 +45,7 @@ class FleetConfig:
     replicas: int = 1
     replicas_per_worker: int = 8
     num_blocks: int | None = None
-    engine: EngineConfig = field(
-        default_factory=lambda: EngineConfig(prefix_caching=False, publish_every=1 << 30)
-    )
+    engine: EngineConfig = DEFAULT_ENGINE
     queue: int = 2048
     network_s: float = 0.0003
     report_s: float = 0.25
