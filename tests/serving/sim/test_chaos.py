@@ -214,11 +214,11 @@ WRONG = {
     "a field less": ('{"seed": 1}', "missing: log_sha256, message, rule, scenario"),
 }
 WRONG_PARTS = {
-    ("network", "loss"): ("much", "scenario.network.loss is 'much'; it must be a value of type"),
+    ("network", "loss"): ("much", "scenario.network.loss is 'much'; it must be a number"),
     ("network", "lost"): (0.5, "scenario.network has not the fields of NetworkFaults; unknown: l"),
     ("network", "delay"): ([0.1], "scenario.network.delay is .* a list of 2"),
-    ("numerics", "drift"): (1, "scenario.numerics.drift is 1; it must be a value of type bool"),
-    ("numerics", "eos_every"): (True, "it must be a value of type int"),
+    ("numerics", "drift"): (1, "scenario.numerics.drift is 1; it must be true or false"),
+    ("numerics", "eos_every"): (True, "it must be a whole number"),
     ("clients", 0): ({"submit_at": 0.0}, r"scenario.clients\[0\] has not .*; missing: request"),
     ("faults", 0): (
         {"at": 0.1, "fault": "FLOOD", "worker": 0, "replica": 0, "seconds": 0.1},
