@@ -1,4 +1,4 @@
-"""What a fleet run came to, as rows of a results file (design, section 7) and as a table."""
+"""What a fleet run came to, as rows of a results file and as a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from serving.results_file import PERCENTILES, Row, percentiles, row
 from serving.sim.fleet_records import GapHistogram
 from serving.sim.fleet_run import FleetResult
 from serving.sim.workload.requests import ServiceClass, Workload
 
-type Row = dict[str, Any]
-
-PERCENTILES = (50, 95, 99)
+_SHOWN = (50, 95, 99)  # percentiles
 
 
 def rows_of(result: FleetResult, workload: Workload) -> list[Row]:
@@ -31,20 +30,20 @@ def rows_of(result: FleetResult, workload: Workload) -> list[Row]:
     rows.append(_gap_row(result.gaps))
     times = result.times
     done = ~np.isnan(times.finished)
-    rows.append(_row("requests finished", "1/s", [done.sum() / result.seconds]))
-    rows.append(_row("output tokens", "1/s", [times.tokens.sum() / result.seconds]))
+    rows.append(row("requests finished", "1/s", [done.sum() / result.seconds]))
+    rows.append(row("output tokens", "1/s", [times.tokens.sum() / result.seconds]))
     means = [sample.kv_mean for sample in result.samples]
-    rows.append({**_row("KV use", "share", means), "percentiles": _percentiles(means)})
+    rows.append(row("KV use", "share", means, percentiles=percentiles(means)))
     most = [sample.kv_most for sample in result.samples]
-    rows.append({**_row("KV use, fullest replica", "share", most), "largest": max(most)})
-    rows.append(_row("running", "requests", [sample.running for sample in result.samples]))
-    rows.append(_row("waiting", "requests", [sample.waiting for sample in result.samples]))
-    rows.append(_row("preemptions", "", [times.preempted.sum()]))
-    rows.append(_row("prompt tokens found in the prefix cache", "tokens", [times.cached.sum()]))
+    rows.append(row("KV use, fullest replica", "share", most, largest=max(most)))
+    rows.append(row("running", "requests", [sample.running for sample in result.samples]))
+    rows.append(row("waiting", "requests", [sample.waiting for sample in result.samples]))
+    rows.append(row("preemptions", "", [int(times.preempted.sum())]))
+    rows.append(row("prompt tokens found in the prefix cache", "tokens", [int(times.cached.sum())]))
     ends = {finish.value: count for finish, count in sorted(times.ends.items(), key=str)}
-    rows.append({**_row("requests not finished", "", [(~done).sum()]), "ends": ends})
-    rows.append(_row("clients sent away, each time", "", [times.refused]))
-    rows.append(_row("virtual time", "s", [result.seconds]))
+    rows.append(row("requests not finished", "", [(~done).sum()], ends=ends))
+    rows.append(row("clients sent away, each time", "", [times.refused]))
+    rows.append(row("virtual time", "s", [result.seconds]))
     return rows
 
 
@@ -52,16 +51,16 @@ def table_of(rows: Sequence[Row]) -> Table:
     """The rows for a terminal: percentiles where there are any, else the one figure or the mean."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for name in ("P50", "P95", "P99", "mean", "unit"):
+    for name in (*(f"P{percent}" for percent in _SHOWN), "mean", "unit"):
         table.add_column(name, justify="right" if name != "unit" else "left")
-    for row in rows:
+    for one in rows:
         scale, unit = (
-            (1e3, "ms") if row["unit"] == "s" and "percentiles" in row else (1.0, row["unit"])
+            (1e3, "ms") if one["unit"] == "s" and "percentiles" in one else (1.0, one["unit"])
         )
-        percentiles = row.get("percentiles", {})
-        cells = [_short(percentiles.get(str(percent)), scale) for percent in PERCENTILES]
-        mean = float(np.mean(row["samples"])) if row["samples"] else row.get("mean")
-        table.add_row(row["name"], *cells, _short(mean, scale), unit)
+        found = one.get("percentiles", {})
+        cells = [_short(found.get(f"p{percent}"), scale) for percent in _SHOWN]
+        mean = float(np.mean(one["samples"])) if one["samples"] else None
+        table.add_row(one["name"], *cells, _short(mean, scale), unit)
     return table
 
 
@@ -69,7 +68,7 @@ def _latencies(name: str, result: FleetResult, mine: Any) -> list[Row]:
     rows = []
     for what, times in (("TTFT", result.times.ttft), ("TPOT", result.times.tpot)):
         samples = times[mine & ~np.isnan(times)]
-        rows.append({**_row(f"{name}, {what}", "s", samples), "percentiles": _percentiles(samples)})
+        rows.append(row(f"{name}, {what}", "s", samples, percentiles=percentiles(samples)))
     return rows
 
 
@@ -79,39 +78,19 @@ def _kept_promises(service: ServiceClass, result: FleetResult, mine: Any) -> lis
     rows = []
     if service.ttft_s is not None:
         kept = mine & (times.ttft <= service.ttft_s)
-        rows.append(_row(f"{service.name}, TTFT as promised", "share", [kept.sum() / mine.sum()]))
+        rows.append(row(f"{service.name}, TTFT as promised", "share", [kept.sum() / mine.sum()]))
     if service.tpot_s is not None:
         further = np.maximum(times.tokens - 1, 1)
         kept = mine & ((times.finished - times.first) / further <= service.tpot_s)
-        rows.append(_row(f"{service.name}, TPOT as promised", "share", [kept.sum() / mine.sum()]))
+        rows.append(row(f"{service.name}, TPOT as promised", "share", [kept.sum() / mine.sum()]))
     return rows
 
 
 def _gap_row(gaps: GapHistogram) -> Row:
     """Too many gaps to keep each: how many there are of which length, to half a percent."""
-    percentiles = {str(percent): gaps.percentile(percent) for percent in PERCENTILES}
-    row = {**_row("all, ITL", "s", []), "percentiles": percentiles, "median": percentiles["50"]}
-    return {**row, "counts": gaps.listed()}
-
-
-def _row(name: str, unit: str, samples: Any) -> Row:
-    listed = [float(f"{sample:.6g}") for sample in samples]
-    return {
-        "name": name,
-        "unit": unit,
-        "samples": listed,
-        "median": float(f"{np.median(listed):.6g}") if listed else None,
-        "peer": None,
-        "peer_source": None,
-        "floor": None,
-    }
-
-
-def _percentiles(samples: Any) -> dict[str, float | None]:
-    if not len(samples):
-        return {str(percent): None for percent in PERCENTILES}
-    found = np.percentile(samples, PERCENTILES).tolist()
-    return {str(p): float(f"{x:.6g}") for p, x in zip(PERCENTILES, found, strict=True)}
+    found = {f"p{percent}": gaps.percentile(percent) for percent in PERCENTILES}
+    counts = gaps.listed()
+    return row("all, ITL", "s", [], percentiles=found, median=found["p50"], counts=counts)
 
 
 def _short(value: float | None, scale: float) -> str:
