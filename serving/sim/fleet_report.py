@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from serving.sim.fleet_records import Float64, GapHistogram
+from serving.sim.fleet_records import GapHistogram
 from serving.sim.fleet_run import FleetResult
 from serving.sim.workload.requests import ServiceClass, Workload
 
@@ -66,13 +66,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def _latencies(name: str, result: FleetResult, mine: Any) -> list[Row]:
-    times = result.times
-    had_first = mine & ~np.isnan(times.first)
-    several = mine & (times.tokens > 1) & ~np.isnan(times.finished)
-    spans: dict[str, Float64] = {
-        "TTFT": (times.first - times.arrived)[had_first],
-        "TPOT": (times.finished - times.first)[several] / (times.tokens[several] - 1),
-    }
+    spans = {"TTFT": result.times.ttft(mine), "TPOT": result.times.tpot(mine)}
     return [
         {**_row(f"{name}, {what}", "s", samples), "percentiles": _percentiles(samples)}
         for what, samples in spans.items()
