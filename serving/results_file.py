@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 type Row = dict[str, Any]
+type Samples = Sequence[float] | npt.NDArray[np.float64]
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -44,7 +46,7 @@ def content(
     }
 
 
-def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
+def row(name: str, unit: str, samples: Samples, **more: Any) -> Row:
     """One row of a results file; `samples` are raw."""
     return {
         "name": name,
@@ -58,7 +60,7 @@ def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
     }
 
 
-def percentiles(samples: Sequence[float]) -> dict[str, float]:
+def percentiles(samples: Samples) -> dict[str, float]:
     """p50 to p99 by linear interpolation; empty for no samples."""
     if not len(samples):
         return {}

@@ -65,11 +65,11 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def _latencies(name: str, result: FleetResult, mine: Any) -> list[Row]:
-    rows = []
-    for what, times in (("TTFT", result.times.ttft), ("TPOT", result.times.tpot)):
-        samples = times[mine & ~np.isnan(times)]
-        rows.append(row(f"{name}, {what}", "s", samples, percentiles=percentiles(samples)))
-    return rows
+    spans = {"TTFT": result.times.ttft(mine), "TPOT": result.times.tpot(mine)}
+    return [
+        row(f"{name}, {what}", "s", samples, percentiles=percentiles(samples))
+        for what, samples in spans.items()
+    ]
 
 
 def _kept_promises(service: ServiceClass, result: FleetResult, mine: Any) -> list[Row]:
@@ -77,7 +77,7 @@ def _kept_promises(service: ServiceClass, result: FleetResult, mine: Any) -> lis
     times = result.times
     rows = []
     if service.ttft_s is not None:
-        kept = mine & (times.ttft <= service.ttft_s)
+        kept = mine & (times.first - times.arrived <= service.ttft_s)
         rows.append(row(f"{service.name}, TTFT as promised", "share", [kept.sum() / mine.sum()]))
     if service.tpot_s is not None:
         further = np.maximum(times.tokens - 1, 1)

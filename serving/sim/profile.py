@@ -58,7 +58,7 @@ class ProfileExecutor:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What moving things costs.
+    """What moving things and starting costs. Nothing in the simulator does either yet.
 
     kv_bytes_per_token: of one device. copy_bytes_per_s: KV between two devices of a host,
     host_bytes_per_s: between device and host memory. weight_bytes: of one device;
@@ -73,14 +73,6 @@ class Moves:
     weight_bytes_per_s: float
     cold_start_s: float
     warm_start_s: float
-
-    def copy_s(self, tokens: int) -> float:
-        """Seconds to copy the KV of so many tokens to another device of the host."""
-        return tokens * self.kv_bytes_per_token / self.copy_bytes_per_s
-
-    def weights_s(self, share: float) -> float:
-        """Seconds to take back that share of the weights."""
-        return share * self.weight_bytes / self.weight_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,8 +90,9 @@ def test_one_request_takes_what_its_steps_take():
     settings = config(profile=PROFILE, replicas=1, num_blocks=None, network_s=0.001)
     times = FleetRun(settings, alone).run().times
     # Submit, token: two messages. Then a call of 1,024 tokens.
-    assert times.ttft[0] == pytest.approx(0.002 + 0.0230, abs=2e-4)
-    assert times.tpot[0] == pytest.approx(0.0043, abs=1e-4)
+    it = np.ones(1, np.bool_)
+    assert times.ttft(it)[0] == pytest.approx(0.002 + 0.0230, abs=2e-4)
+    assert times.tpot(it)[0] == pytest.approx(0.0043, abs=1e-4)
 
 
 def test_who_finds_the_gateway_full_comes_back():
@@ -138,8 +139,11 @@ def test_times_of_requests_that_did_not_end_are_left_out():
     times.first[:2] = 3.0
     times.finished[0] = 7.0
     times.tokens[:] = (5, 4, 0)
-    np.testing.assert_array_equal(times.ttft, [2.0, 2.0, np.nan])
-    np.testing.assert_array_equal(times.tpot, [1.0, np.nan, np.nan])
+    every, second = np.ones(3, np.bool_), np.array([False, True, True])
+    assert times.ttft(every).tolist() == [2.0, 2.0]
+    assert times.tpot(every).tolist() == [1.0]
+    assert times.ttft(second).tolist() == [2.0]
+    assert times.tpot(second).tolist() == []
 
 
 @pytest.mark.parametrize(
