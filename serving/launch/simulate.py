@@ -16,16 +16,16 @@ from serving.errors import ConfigurationError
 from serving.launch.flags import EXIT_CONFIGURATION
 from serving.launch.supervisor import say
 from serving.results_file import Row
-from serving.sim.fleet_report import rows_of, table_of
-from serving.sim.fleet_run import FleetResult, FleetRun
-from serving.sim.fleet_scenario import FleetScenario, read_scenario
+from serving.sim.fleet.report import rows_of, table_of
+from serving.sim.fleet.run import FleetResult, FleetRun
+from serving.sim.fleet.scenario import FleetScenario, read_scenario
 
 HELP = """lumen-simulate: run a fleet in virtual time and say how it did.
 
   lumen-simulate configs/scenarios/h200_mixed.toml --json=result.json
 
 The cores that serve run as they are; only the devices' time is foretold, by a profile. What a
-scenario file may say stands in serving/sim/fleet_scenario.py, workloads in
+scenario file may say stands in serving/sim/fleet/scenario.py, workloads in
 serving/sim/workload/spec.py.
 
   --json=FILE    write all figures, raw samples in it

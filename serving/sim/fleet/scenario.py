@@ -6,7 +6,7 @@
     profile = "../profiles/h200_llama_8b.json"
     replicas = 16
 
-    [engine]                    # of every replica, where it differs from fleet_run.DEFAULT_ENGINE
+    [engine]                    # of every replica, where it differs from run.DEFAULT_ENGINE
     prefix_caching = true
 
     [policy]
@@ -28,7 +28,7 @@ from typing import Any
 from serving.engine.config import EngineConfig
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import DISPATCHES
-from serving.sim.fleet_run import DEFAULT_ENGINE, FleetConfig
+from serving.sim.fleet.run import DEFAULT_ENGINE, FleetConfig
 from serving.sim.profile import read_profile
 from serving.sim.workload.requests import Workload
 from serving.sim.workload.spec import from_spec

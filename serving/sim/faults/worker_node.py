@@ -27,8 +27,8 @@ from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import RequestOutput
 from serving.policy.snapshot import ReplicaLoad
 from serving.sim.alarm import Alarm
+from serving.sim.faults.oracle import Numerics, Oracle
 from serving.sim.modelled_executor import ModelledExecutor
-from serving.sim.oracle import Numerics, Oracle
 from serving.sim.replica_node import ReplicaNode
 from serving.sim.transport import Link, LinkEnd
 from serving.sim.world import World

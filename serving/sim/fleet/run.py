@@ -12,10 +12,10 @@ from serving.engine.config import EngineConfig
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import Dispatch, dispatch
-from serving.sim.fleet_clients import FleetClients
-from serving.sim.fleet_records import FleetSample, GapHistogram, RequestTimes
-from serving.sim.fleet_replica import FleetReplica
-from serving.sim.fleet_worker import FleetWorker
+from serving.sim.fleet.clients import FleetClients
+from serving.sim.fleet.records import FleetSample, GapHistogram, RequestTimes
+from serving.sim.fleet.replica import FleetReplica
+from serving.sim.fleet.worker import FleetWorker
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.profile import Profile
 from serving.sim.timed_executor import TimedExecutor

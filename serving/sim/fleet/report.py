@@ -7,8 +7,8 @@ import numpy as np
 from rich.table import Table
 
 from serving.results_file import PERCENTILES, Row, percentiles, row
-from serving.sim.fleet_records import GapHistogram
-from serving.sim.fleet_run import FleetResult
+from serving.sim.fleet.records import GapHistogram
+from serving.sim.fleet.run import FleetResult
 from serving.sim.workload.requests import ServiceClass, Workload
 
 _SHOWN = (50, 95, 99)  # percentiles

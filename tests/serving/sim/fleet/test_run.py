@@ -9,13 +9,13 @@ import pytest
 
 from serving.engine.request import FinishReason
 from serving.errors import ConfigurationError
-from serving.sim.fleet_clients import prompt_of
-from serving.sim.fleet_records import GapHistogram, RequestTimes
-from serving.sim.fleet_run import DEFAULT_ENGINE, FleetConfig, FleetRun
+from serving.sim.fleet.clients import prompt_of
+from serving.sim.fleet.records import GapHistogram, RequestTimes
+from serving.sim.fleet.run import DEFAULT_ENGINE, FleetConfig, FleetRun
 from serving.sim.profile import read_profile
 from serving.sim.workload.requests import BATCH, INTERACTIVE, Workload, WorkloadRequest
 
-PROFILE = read_profile(Path(__file__).parents[3] / "configs/profiles/h200_llama_8b.json")
+PROFILE = read_profile(Path(__file__).parents[4] / "configs/profiles/h200_llama_8b.json")
 SMALL = replace(PROFILE, executor=replace(PROFILE.executor, num_rows=8, mixed_calls=((128, 8),)))
 
 

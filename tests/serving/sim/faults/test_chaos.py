@@ -7,8 +7,8 @@ import pytest
 
 from serving.cluster.attempt_ledger import AttemptLedger
 from serving.cluster.durable_requests import DurableRequests
-from serving.sim import shrink as shrinking
-from serving.sim.chaos import (
+from serving.sim.faults import shrink as shrinking
+from serving.sim.faults.chaos import (
     Failure,
     digest,
     read_run,
@@ -19,12 +19,12 @@ from serving.sim.chaos import (
     scenario_of,
     write_run,
 )
-from serving.sim.coverage import Coverage, Stage, possible
-from serving.sim.fault_run import FaultRun
+from serving.sim.faults.coverage import Coverage, Stage, possible
+from serving.sim.faults.run import FaultRun
+from serving.sim.faults.scenario import Fault, Scenario
+from serving.sim.faults.seed_search import Tally, run_seeds, search
+from serving.sim.faults.shrink import shrink
 from serving.sim.literal import LiteralError, from_literal, to_literal
-from serving.sim.scenario import Fault, Scenario
-from serving.sim.seed_search import Tally, run_seeds, search
-from serving.sim.shrink import shrink
 from serving.sim.watch import Mishap
 from serving.sim.world import InvariantViolated
 

@@ -6,11 +6,11 @@ import pytest
 
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import fewest_requests
-from serving.sim.fleet_report import rows_of
-from serving.sim.fleet_run import FleetRun
-from serving.sim.fleet_scenario import read_scenario
+from serving.sim.fleet.report import rows_of
+from serving.sim.fleet.run import FleetRun
+from serving.sim.fleet.scenario import read_scenario
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 PROFILE = CONFIGS / "profiles/h200_llama_8b.json"
 
 GOOD = f"""

@@ -16,7 +16,7 @@ from serving.cluster.worker_events import (
 )
 from serving.engine.request import RequestOutput
 from serving.sim.alarm import Alarm
-from serving.sim.fleet_replica import FleetReplica
+from serving.sim.fleet.replica import FleetReplica
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.transport import Link, LinkEnd
 from serving.sim.world import World
