@@ -134,16 +134,16 @@ def test_percentiles_of_gaps_are_within_half_a_percent():
 
 
 def test_times_of_requests_that_did_not_end_are_left_out():
-    times = RequestTimes.of(3)
+    times = RequestTimes.of(4)
     times.arrived[:] = 1.0
-    times.first[:2] = 3.0
-    times.finished[0] = 7.0
-    times.tokens[:] = (5, 4, 0)
-    every, second = np.ones(3, np.bool_), np.array([False, True, True])
-    assert times.ttft(every).tolist() == [2.0, 2.0]
+    times.first[:] = (3.0, 4.0, np.nan, 6.0)
+    times.finished[:] = (7.0, np.nan, np.nan, 6.0)
+    times.tokens[:] = (5, 4, 0, 1)  # the last one's first token is all
+    every, later = np.ones(4, np.bool_), np.array([False, True, True, True])
+    assert times.ttft(every).tolist() == [2.0, 3.0, 5.0]
     assert times.tpot(every).tolist() == [1.0]
-    assert times.ttft(second).tolist() == [2.0]
-    assert times.tpot(second).tolist() == []
+    assert times.ttft(later).tolist() == [3.0, 5.0]
+    assert times.tpot(later).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,16 @@ def test_the_report_has_classes_promises_and_everything_else(tmp_path):
     assert rows["requests not finished"]["ends"] == {"length": 40}
     assert rows["output tokens"]["median"] == pytest.approx(800 / result.seconds, rel=1e-4)
     assert 0 < rows["KV use"]["median"] < 1
+    assert rows["requests finished"]["median"] == pytest.approx(40 / result.seconds, rel=1e-4)
+    assert rows["virtual time"]["median"] == pytest.approx(result.seconds, rel=1e-4)
+    for name in ("running", "waiting"):
+        found = [getattr(sample, name) for sample in result.samples]
+        assert rows[name]["samples"] == found
+    assert max(rows["running"]["samples"]) > 0
+    assert rows["KV use, fullest replica"]["largest"] == max(one.kv_most for one in result.samples)
+    for name in ("preemptions", "prompt tokens found in the prefix cache"):
+        assert rows[name]["samples"] == [0.0]
+    assert rows["clients sent away, each time"]["samples"] == [0.0]
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "scenarios").glob("*.toml")), ids=str)
