@@ -29,6 +29,7 @@ from lumen.errors import LumenError
 from lumen.hf_config import read_model_config
 from lumen.model_spec import ResolvedModel, resolve_model
 from lumen.random_weights import RandomWeights
+from serving import results_file
 from serving.engine.device.config import DeviceExecutorConfig
 from serving.errors import ConfigurationError
 from serving.launch.config import DEFAULT_MAX_MODEL_LEN, ServeConfig, SettingValue, settings
@@ -192,7 +193,7 @@ def _write(path: Path, reports: list[Report]) -> None:
     versions = {"libtpu": importlib.metadata.version("libtpu")}
     rows = [row for report in reports for row in rows_of(report)]
     how = {"ran on a TPU": "no: compiled ahead of time on this machine"}
-    results.write(path, merged(path, results.results(rows, how, versions)))
+    results_file.write(path, merged(path, results.results(rows, how, versions)))
 
 
 def _serve_config() -> ServeConfig:

@@ -23,6 +23,7 @@ in which one token is missing is a failure. On a GPU JAX takes 75 % of the memor
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
@@ -34,7 +35,7 @@ from lumen.errors import LumenError
 from serving.sim.workload.azure import read_azure
 from tools.bench import results
 from tools.bench.engine import bars, start_up
-from tools.bench.engine.engine import EngineSettings, build
+from tools.bench.engine.engine import TINY, EngineSettings, build
 from tools.bench.engine.report import markdown
 from tools.bench.engine.runner import WORK_NAMES, Options, Outcome, run
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
@@ -145,22 +146,10 @@ def _settings() -> EngineSettings:
 
 
 def _smoke_settings() -> EngineSettings:
-    return EngineSettings(
-        model="random:tiny-llama",
-        dtype="float32",
-        max_model_len=128,
-        num_rows=4,
-        block_size=16,
-        prefill_buckets=(16, 32),
-        max_prefills=2,
-        memory_fraction=0.9,
-        num_blocks=64,
-        step_tokens=None,
-        decode_steps=_DECODE_STEPS.value,
-        pipeline_depth=_DEPTH.value,
-        compile_threads=2,
+    return replace(
+        TINY, decode_steps=_DECODE_STEPS.value, pipeline_depth=_DEPTH.value,
         tensor_parallel=flags.FLAGS.tensor_parallel,
-    )
+    )  # fmt: skip
 
 
 def _write(options: Options, outcome: Outcome) -> None:

@@ -15,7 +15,7 @@ it, and the thread that all replicas share, which carries tokens to the gateway.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from absl import app, flags
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lumen.errors import LumenError
 from tools.bench import results
 from tools.bench.engine import bars
-from tools.bench.engine.engine import EngineSettings, check_settings
+from tools.bench.engine.engine import TINY, check_settings
 from tools.bench.engine.replicas import Options, run
 from tools.bench.engine.report import markdown
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
@@ -43,6 +43,7 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "A tiny model and tiny work, to see t
 _JSON = flags.DEFINE_string("json", "", "Results file to write, raw samples in it.")
 _MARKDOWN = flags.DEFINE_string("markdown", "", "File for the table. Default: printed.")
 
+_SMOKE_SETTINGS = replace(TINY, max_model_len=512, num_rows=2, prefill_buckets=(16,), num_blocks=80)
 _BARS = "A floor is 3 % more than the step of the same device alone."
 
 
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 def _options() -> Options:
     smoke, replicas = _SMOKE.value, _REPLICAS.value
-    settings = _smoke_settings() if smoke else engine_settings()
+    settings = _SMOKE_SETTINGS if smoke else engine_settings()
     alone = range(replicas) if _ALONE.value is None else [int(one) for one in _ALONE.value]
     return Options(
         settings=settings,
@@ -86,24 +87,6 @@ def _options() -> Options:
         reps=_REPS.value,
         cache_dir=cache_dir(),
         barred=not smoke and settings.model == bars.MODEL and settings.dtype == "bfloat16",
-    )
-
-
-def _smoke_settings() -> EngineSettings:
-    return EngineSettings(
-        model="random:tiny-llama",
-        dtype="float32",
-        max_model_len=512,
-        num_rows=2,
-        block_size=16,
-        prefill_buckets=(16,),
-        max_prefills=2,
-        memory_fraction=0.9,
-        num_blocks=80,
-        step_tokens=None,
-        decode_steps=1,
-        pipeline_depth=2,
-        compile_threads=2,
     )
 
 

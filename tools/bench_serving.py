@@ -22,13 +22,15 @@ from rich.progress import MofNCompleteColumn, Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from serving import results_file
+from serving.results_file import Row
 from tools.bench import results
 from tools.bench.clients import Client, GrpcClient, OpenAIClient
 from tools.bench.compare import compare
 from tools.bench.load import run_open_loop, run_streams
 from tools.bench.peer import Peer
 from tools.bench.spawn import running_server
-from tools.bench.summary import Row, rows_of, streams_name, table_of
+from tools.bench.summary import rows_of, streams_name, table_of
 from tools.bench.workload import LengthRange, Workload
 
 _URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "OpenAI-compatible server to measure.")
@@ -92,7 +94,7 @@ def main(arguments: list[str]) -> None:
         console.width = 160  # a log has no edge to wrap at
     console.print(table_of(f"{content['hardware']}, {content['date']}", rows))
     if _OUTPUT.value:
-        results.write(Path(_OUTPUT.value), content)
+        results_file.write(Path(_OUTPUT.value), content)
         print(f"Wrote {_OUTPUT.value}")
 
 

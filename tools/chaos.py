@@ -4,7 +4,7 @@ python tools/chaos.py --seeds=2000 --jobs=2
 python tools/chaos.py --replay=chaos-failures/seed-17.json
 
 Every seed is a small fleet, its clients and their misfortunes; the real cores run in virtual time
-and all invariants are checked after every event (serving/sim/fault_run.py). The first seed that
+and all invariants are checked after every event (serving/sim/faults/run.py). The first seed that
 breaks a rule is shrunk to the little that it takes, and written to a file that --replay runs again
 to the same end, byte for byte. A table shows how often which mishap met requests in which stage.
 The exit status is 1 if a rule was broken.
@@ -19,10 +19,18 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving.sim.chaos import Failure, digest, read_run, record, replay, scenario_of, write_run
+from serving.sim.faults.chaos import (
+    Failure,
+    digest,
+    read_run,
+    record,
+    replay,
+    scenario_of,
+    write_run,
+)
+from serving.sim.faults.seed_search import Tally, search
+from serving.sim.faults.shrink import shrink
 from serving.sim.literal import LiteralError
-from serving.sim.seed_search import Tally, search
-from serving.sim.shrink import shrink
 
 _SEEDS = flags.DEFINE_integer("seeds", 2000, "How many seeds to run.", lower_bound=1)
 _FIRST = flags.DEFINE_integer("first", 0, "The first of them.", lower_bound=0)
@@ -79,7 +87,7 @@ def _speed(found: Tally, started: float) -> str:
 def _report(failure: Failure) -> None:
     print(
         f"Seed {failure.seed} broke a rule: {failure.message}\n"
-        f"  Replay: python -m serving.sim.fault_run {failure.seed}",
+        f"  Replay: python -m serving.sim.faults.run {failure.seed}",
         flush=True,
     )
 

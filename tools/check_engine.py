@@ -31,10 +31,10 @@ from lumen_kernels.target import Target
 from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
 from lumen.presets import preset
+from serving.results_file import Row
 from tools.bench import results
 from tools.bench.engine.engine import EngineSettings, devices_of
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
-from tools.bench.summary import Row
 from tools.check import fast_path, hole, token_by_token
 from tools.check.comparison import Tolerance
 from tools.check.kernels import kernels

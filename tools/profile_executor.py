@@ -14,6 +14,7 @@ promises. Weights are random: time does not depend on them. About 45 s on an H20
 import datetime
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from absl import app, flags
@@ -30,7 +31,7 @@ from serving.engine.device import DeviceExecutor
 from serving.sim.cost_fit import Fit, FitError, fit
 from serving.sim.profile import Moves, Profile, ProfileExecutor, write_profile
 from tools.bench import results
-from tools.bench.engine.engine import Built, EngineSettings, build, executor_config
+from tools.bench.engine.engine import TINY, Built, EngineSettings, build, executor_config
 from tools.bench.engine.settings_flags import cache_dir, engine_settings
 from tools.bench.executor_grid import GridClock, GridTimes, grid, grid_table
 
@@ -154,22 +155,7 @@ def _spelled(error: FitError) -> str:
 
 
 def _smoke_settings() -> EngineSettings:
-    return EngineSettings(
-        model="random:tiny-llama",
-        dtype="float32",
-        max_model_len=512,
-        num_rows=4,
-        block_size=16,
-        prefill_buckets=(16, 32),
-        mixed_calls=((24, 4),),
-        max_prefills=2,
-        memory_fraction=0.9,
-        num_blocks=128,
-        step_tokens=None,
-        decode_steps=1,
-        pipeline_depth=2,
-        compile_threads=2,
-    )
+    return replace(TINY, max_model_len=512, mixed_calls=((24, 4),), num_blocks=128)
 
 
 if __name__ == "__main__":

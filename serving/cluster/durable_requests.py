@@ -347,9 +347,8 @@ class DurableRequests:
         self._streams.check_invariants(self.records)
         in_progress = queued = 0
         for request_id, record in self.records.items():
-            if record.phase is not Phase.ENDED:
-                in_progress += 1
-                queued += not record.tokens
+            in_progress += record.phase is not Phase.ENDED
+            queued += record.queued
             if (record.phase is Phase.WAITING) != (request_id in self._waiting):
                 raise InternalError(
                     f"Request {request_id} waits, or is in the queue, but not both."

@@ -167,7 +167,8 @@ class GatewayShell:
         if self._unusable is not None:
             raise self._unusable
         try:
-            effects = self._answer(event)
+            now = self._loop.time()
+            effects = handle_recorded(self._core.handle, event, now, self._record)
         except Exception as error:
             # The core raises for defects only. Going on could deliver wrong tokens.
             _log.exception("gateway core failed at %s", type(event).__name__)
@@ -178,11 +179,6 @@ class GatewayShell:
             self._carry_out(effect)
         self._arm_timer()
         self._check_readiness(event)
-
-    def _answer(self, event: GatewayEvent) -> list[GatewayEffect]:
-        if self._record is None:
-            return self._core.handle(event, self._loop.time())
-        return handle_recorded(self._core.handle, event, self._loop.time(), self._record)
 
     def _carry_out(self, effect: GatewayEffect) -> None:
         match effect:

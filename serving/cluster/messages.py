@@ -10,6 +10,8 @@ ignored.
 
 from dataclasses import dataclass
 
+from serving.engine.arrival import max_context_tokens
+from serving.engine.executor import ExecutorLimits
 from serving.engine.request import EngineRequest, RequestOutput
 from serving.policy.snapshot import ReplicaLoad
 
@@ -65,6 +67,18 @@ class ReplicaInfo:
     max_context_tokens: int  # tokens one request can hold in the arena when alone
     block_size: int
     num_blocks: int
+
+    @classmethod
+    def of(cls, replica: int, limits: ExecutorLimits) -> "ReplicaInfo":
+        """Of the replica with this number whose executor has these limits."""
+        return cls(
+            replica=replica,
+            num_rows=limits.num_rows,
+            max_model_len=limits.max_model_len,
+            max_context_tokens=max_context_tokens(limits),
+            block_size=limits.block_size,
+            num_blocks=limits.num_blocks,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,8 @@ class WorkerShell:
         if self._closed:
             return
         try:
-            effects = self._answer(event)
+            now = self._loop.time()
+            effects = handle_recorded(self._core.handle, event, now, self._record)
             for effect in effects:
                 self._carry_out(effect)
         except Exception:
@@ -142,11 +143,6 @@ class WorkerShell:
             self.broken.set()
             return
         self._arm_timer()
-
-    def _answer(self, event: WorkerEvent) -> list[WorkerEffect]:
-        if self._record is None:
-            return self._core.handle(event, self._loop.time())
-        return handle_recorded(self._core.handle, event, self._loop.time(), self._record)
 
     def _carry_out(self, effect: WorkerEffect) -> None:
         match effect:

@@ -51,7 +51,9 @@ class ActiveRequest:
         the prefix cache was told about. context, prefilled: what the prefill computes, int32
         [context tokens], and how much of it was planned.
     last_step: the last plan it took part in before it lost its row. waiting_tokens: its context
-        when it began to wait.
+        when it began to wait. preemptions: how often it lost its row.
+    published: the leading tokens that outputs already had. publish_at: len(tokens) at which the
+        next output is due; both are kept where EngineConfig.publish_every is more than 1.
     """
 
     request_id: str

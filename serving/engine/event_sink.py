@@ -9,9 +9,11 @@ thread: it must not block, and it may keep event and answer, which nobody change
 
 
 def handle_recorded[Event, Effects: Sequence[object]](
-    handle: Callable[[Event, float], Effects], event: Event, now: float, sink: EventSink
+    handle: Callable[[Event, float], Effects], event: Event, now: float, sink: EventSink | None
 ) -> Effects:
-    """handle(event, now), with the sink told of it. Raises what the core raises."""
+    """handle(event, now), with the sink told of it, if there is one. Raises what the core does."""
+    if sink is None:
+        return handle(event, now)
     try:
         effects = handle(event, now)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.engine.core import EngineCore
@@ -10,7 +10,6 @@ from serving.engine.event_sink import EventSink, handle_recorded
 from serving.engine.events import (
     AddRequest,
     CancelRequest,
-    EngineEffect,
     EngineEvent,
     Fail,
     Interrupt,
@@ -52,7 +51,7 @@ class LoopPorts:
         """
         submitted = False
         outputs: tuple[RequestOutput, ...] = ()
-        for effect in self._answer(event):
+        for effect in handle_recorded(self.core.handle, event, self.clock(), self.record):
             if isinstance(effect, Submit):
                 self.executor.submit(effect.plan)
                 submitted = True
@@ -65,11 +64,6 @@ class LoopPorts:
         if outputs or isinstance(event, StepDone):
             self.publish(outputs, self.core.load())
         return submitted
-
-    def _answer(self, event: EngineEvent) -> Sequence[EngineEffect]:
-        if self.record is None:
-            return self.core.handle(event, self.clock())
-        return handle_recorded(self.core.handle, event, self.clock(), self.record)
 
 
 def run_plain(ports: LoopPorts, mailbox: Mailbox) -> None:

@@ -73,6 +73,8 @@ class Planner:
         self._spread_steps = config.spread_steps
         self._least_prefill = config.min_prefill_tokens
         self._prefill_first = config.prefill_first
+        self._kv_tokens = limits.num_blocks * limits.block_size
+        self._waited_tokens = 0  # of prompts for which decodes wait, since the last step with them
         self._decode_steps = config.decode_steps
         self._watermark = math.ceil(limits.num_blocks * config.watermark)
         self._batch = batch
@@ -178,11 +180,20 @@ class Planner:
     def _decodes_wait(self, draft: _Draft) -> bool:
         """Whether this step is for prompts alone, as nobody waits for the next token.
 
-        Not for long: each prompt that ends adds a row, and rows and memory admit so many.
+        Not for long: each prompt that ends adds a row, and rows and memory admit so many. Prompts
+        that leave nothing to decode add none, so nobody waits for them. Those that end otherwise
+        make room for more: then no longer than such prompts would take to fill the memory once.
         """
         if not self._prefill_first or self._batch.decoding_count(Priority.HIGH):
             return False
-        return sum(tokens for _, tokens in draft.chunks) >= self._limits.max_prefill_tokens
+        tokens = sum(
+            tokens for request, tokens in draft.chunks if request.end_len - len(request.tokens) > 1
+        )
+        self._waited_tokens += tokens
+        if tokens >= self._limits.max_prefill_tokens and self._waited_tokens <= self._kv_tokens:
+            return True
+        self._waited_tokens = 0
+        return False
 
     def _take_chunk(self, draft: _Draft, request: ActiveRequest) -> None:
         """The next chunk of a prefill, as far as the step still has room."""

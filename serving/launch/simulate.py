@@ -1,12 +1,7 @@
 """lumen-simulate: a fleet in virtual time, described by a scenario file."""
 
-import datetime
 import gc
-import importlib.metadata
-import json
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,19 +11,21 @@ from absl import flags
 from rich.console import Console
 
 from lumen.errors import LumenError
+from serving import results_file
 from serving.errors import ConfigurationError
 from serving.launch.flags import EXIT_CONFIGURATION
 from serving.launch.supervisor import say
-from serving.sim.fleet_report import rows_of, table_of
-from serving.sim.fleet_run import FleetResult, FleetRun
-from serving.sim.fleet_scenario import FleetScenario, read_scenario
+from serving.results_file import Row
+from serving.sim.fleet.report import rows_of, table_of
+from serving.sim.fleet.run import FleetResult, FleetRun
+from serving.sim.fleet.scenario import FleetScenario, read_scenario
 
 HELP = """lumen-simulate: run a fleet in virtual time and say how it did.
 
   lumen-simulate configs/scenarios/h200_mixed.toml --json=result.json
 
 The cores that serve run as they are; only the devices' time is foretold, by a profile. What a
-scenario file may say stands in serving/sim/fleet_scenario.py, workloads in
+scenario file may say stands in serving/sim/fleet/scenario.py, workloads in
 serving/sim/workload/spec.py.
 
   --json=FILE    write all figures, raw samples in it
@@ -128,39 +125,26 @@ def _report(
         console.print(f"Wrote {json_path}", highlight=False)
 
 
-def _write(path: Path, scenario: FleetScenario, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, scenario: FleetScenario, rows: list[Row]) -> None:
     config, profile = scenario.config, scenario.config.profile
-    head = {
-        "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "hardware": f"simulated: {config.replicas} x {profile.hardware} (profile {profile.name})",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "lumen-jax")},
-        },
-        "settings": {
-            "scenario": scenario.name,
-            "seed": scenario.seed,
-            "replicas": config.replicas,
-            "profile source": profile.source,
-            "assumed": profile.assumed,
-            "workload": scenario.workload.name,
-            "requests": len(scenario.workload.requests),
-            "left out": scenario.workload.left_out,
-        },
+    settings = {
+        "scenario": scenario.name,
+        "seed": scenario.seed,
+        "replicas": config.replicas,
+        "profile source": profile.source,
+        "assumed": profile.assumed,
+        "workload": scenario.workload.name,
+        "requests": len(scenario.workload.requests),
+        "left out": scenario.workload.left_out,
     }
-    lines = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-    path.write_text(f'{text},\n  "rows": [\n    {lines}\n  ]\n}}\n', encoding="utf-8")
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not a git checkout)"
+    content = results_file.content(
+        rows,
+        settings,
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        hardware=f"simulated: {config.replicas} x {profile.hardware} (profile {profile.name})",
+        packages=("numpy", "lumen-jax"),
+    )
+    results_file.write(path, content)
 
 
 if __name__ == "__main__":

@@ -124,17 +124,7 @@ def worker_config(
         model_id=model.model_id,
         model_revision=limits[0].model_revision,
         vocab_size=limits[0].vocab_size,
-        replicas=tuple(
-            ReplicaInfo(
-                replica=number,
-                num_rows=one.num_rows,
-                max_model_len=one.max_model_len,
-                max_context_tokens=min(one.max_model_len, one.num_blocks * one.block_size),
-                block_size=one.block_size,
-                num_blocks=one.num_blocks,
-            )
-            for number, one in enumerate(limits)
-        ),
+        replicas=tuple(ReplicaInfo.of(number, one) for number, one in enumerate(limits)),
         gateway_lease_s=config.worker.lease_s,
     )
 

@@ -1,1 +1,1 @@
-"""Virtual time: event heap, modelled executor, in-memory transport, fault injection."""
+"""Virtual time: event heap, executors whose time is foretold, in-memory transport."""

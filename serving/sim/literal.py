@@ -6,10 +6,15 @@ A field that has its default is left out, so that a file shows what is peculiar 
 import enum
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from lumen.errors import LumenError
+
+type Reader = Callable[[Any, str], Any]
+
+_SPELLED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class LiteralError(LumenError):
@@ -31,37 +36,48 @@ def to_literal(value: Any) -> Any:
     return value
 
 
-def from_literal(kind: Any, value: Any, where: str = "") -> Any:
+def from_literal(
+    kind: Any, value: Any, where: str = "", readers: Mapping[Any, Reader] | None = None
+) -> Any:
     """A value of type `kind` from what json.loads gave. `where`: the path to it, for errors.
 
+    readers: of types that are written or limited in a way of their own: each takes what json.loads
+    gave and `where`, wherever that type occurs.
     Raises LiteralError if it is of another type, or names a field that is not there.
     """
+    return _read(readers or {}, kind, value, where)
+
+
+def _read(readers: Mapping[Any, Reader], kind: Any, value: Any, where: str) -> Any:
+    if kind in readers:
+        return readers[kind](value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         # Only `X | None` occurs.
         if value is None and types.NoneType in arguments:
             return None
         (kind,) = (one for one in arguments if one is not types.NoneType)
-        return from_literal(kind, value, where)
+        return _read(readers, kind, value, where)
     if origin is tuple:
-        return _tuple(arguments, value, where)
+        return _tuple(readers, arguments, value, where)
     if is_dataclass(kind):
-        return _dataclass(kind, value, where)
+        return _dataclass(readers, kind, value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         if not isinstance(value, str) or value not in kind.__members__:
             raise _wrong(where, value, "one of " + ", ".join(kind.__members__))
         return kind[value]
     if isinstance(kind, type) and issubclass(kind, tuple):
-        return kind(*_tuple(tuple(typing.get_type_hints(kind).values()), value, where))
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if kind is float and whole:
+        return kind(*_tuple(readers, tuple(typing.get_type_hints(kind).values()), value, where))
+    if kind is float and type(value) is int:
         return float(value)
-    if not isinstance(value, kind) or (kind is int and not whole):
-        raise _wrong(where, value, f"a value of type {kind.__name__}")
+    if type(value) is not kind:
+        raise _wrong(where, value, _SPELLED[kind])
     return value
 
 
-def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _tuple(
+    readers: Mapping[Any, Reader], kinds: tuple[Any, ...], value: Any, where: str
+) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _wrong(where, value, "a list")
     if len(kinds) == 2 and kinds[1] is Ellipsis:
@@ -69,12 +85,12 @@ def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if len(kinds) != len(value):
         raise _wrong(where, value, f"a list of {len(kinds)}")
     return tuple(
-        from_literal(kind, one, f"{where}[{place}]")
+        _read(readers, kind, one, f"{where}[{place}]")
         for place, (kind, one) in enumerate(zip(kinds, value, strict=True))
     )
 
 
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
+def _dataclass(readers: Mapping[Any, Reader], kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong(where, value, f"the fields of {kind.__name__}")
     kinds = typing.get_type_hints(kind)
@@ -85,7 +101,7 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
         raise LiteralError(f"{where or 'The file'} has not the fields of {kind.__name__}; {wrong}.")
     prefix = f"{where}." if where else ""
     return kind(
-        **{name: from_literal(kinds[name], one, prefix + name) for name, one in value.items()}
+        **{name: _read(readers, kinds[name], one, prefix + name) for name, one in value.items()}
     )
 
 

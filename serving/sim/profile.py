@@ -12,8 +12,6 @@ a CostModel as lists of [x, seconds], `moves` is `Moves`.
 import dataclasses
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 from serving.sim.cost_fit import FitError, Measured
 from serving.sim.cost_model import CostModel, Curve
+from serving.sim.literal import LiteralError, Reader, from_literal
 
 
 class ProfileError(ConfigurationError):
@@ -59,7 +58,7 @@ class ProfileExecutor:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What moving things costs.
+    """What moving things and starting costs. Nothing in the simulator does either yet.
 
     kv_bytes_per_token: of one device. copy_bytes_per_s: KV between two devices of a host,
     host_bytes_per_s: between device and host memory. weight_bytes: of one device;
@@ -74,14 +73,6 @@ class Moves:
     weight_bytes_per_s: float
     cold_start_s: float
     warm_start_s: float
-
-    def copy_s(self, tokens: int) -> float:
-        """Seconds to copy the KV of so many tokens to another device of the host."""
-        return tokens * self.kv_bytes_per_token / self.copy_bytes_per_s
-
-    def weights_s(self, share: float) -> float:
-        """Seconds to take back that share of the weights."""
-        return share * self.weight_bytes / self.weight_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +120,9 @@ def read_profile(path: Path) -> Profile:
     except ValueError as error:
         raise ProfileError(f"Profile {path} is no JSON: {error}.") from error
     try:
-        profile: Profile = _value(Profile, content, "")
+        profile: Profile = from_literal(Profile, content, readers=_READERS)
         profile.executor.config()
-    except ConfigurationError as error:
+    except (LiteralError, ConfigurationError) as error:
         raise ProfileError(f"Profile {path}: {error}") from error
     return profile
 
@@ -151,63 +142,25 @@ def write_profile(path: Path, profile: Profile) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as what the annotation `kind` says. Raises ProfileError naming the key."""
-    if isinstance(kind, types.UnionType):
-        if value is None and type(None) in typing.get_args(kind):
-            return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not type(None))
-    if kind is Curve:
-        return Curve(_points(value, where))
-    if typing.get_origin(kind) is tuple:
-        return _tuple(kind, value, where)
-    if dataclasses.is_dataclass(kind):
-        return _record(kind, value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
-        raise ProfileError(f"{where} is {value!r}; it must be {_SPELLED[kind]}.")
-    if kind in (int, float) and not 0 <= value < float("inf"):
-        raise ProfileError(f"{where} is {value!r}; it must be finite and not negative.")
-    return value
+def _limited(kind: type) -> Reader:
+    def read(value: Any, where: str) -> Any:
+        number = from_literal(kind, value, where)
+        if not 0 <= number < float("inf"):
+            raise LiteralError(f"{where} is {number!r}; it must be finite and not negative.")
+        return number
+
+    return read
 
 
-_SPELLED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NUMBERS: dict[Any, Reader] = {int: _limited(int), float: _limited(float)}
 
 
-def _record(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ProfileError(f"{where or 'It'} is {type(value).__name__}; it must be an object.")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    prefix = f"{where}." if where else ""
-    for key in value:
-        if key not in fields:
-            raise ProfileError(f"{prefix}{key} is unknown; there are {', '.join(fields)}.")
-    found = {}
-    for name, field in fields.items():
-        if name in value:
-            found[name] = _value(hints[name], value[name], prefix + name)
-        elif field.default is dataclasses.MISSING:
-            raise ProfileError(f"{prefix}{name} is missing.")
-    return kind(**found)
-
-
-def _tuple(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ProfileError(f"{where} is {value!r}; it must be a list.")
-    kinds = typing.get_args(kind)
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise ProfileError(f"{where} has {len(value)} entries; it must have {len(kinds)}.")
-    pairs = enumerate(zip(kinds, value, strict=True))
-    return tuple(_value(one, entry, f"{where}[{index}]") for index, (one, entry) in pairs)
-
-
-def _points(value: Any, where: str) -> tuple[tuple[float, float], ...]:
-    points: tuple[tuple[float, float], ...] = _value(tuple[tuple[float, float], ...], value, where)
+def _curve(value: Any, where: str) -> Curve:
+    points = from_literal(tuple[tuple[float, float], ...], value, where, _NUMBERS)
     xs = [x for x, _ in points]
     if not points or xs != sorted(set(xs)):
-        raise ProfileError(f"{where} must have points [x, seconds], at least one, x ascending.")
-    return points
+        raise LiteralError(f"{where} must have points [x, seconds], at least one, x ascending.")
+    return Curve(points)
+
+
+_READERS = {**_NUMBERS, Curve: _curve}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from serving.engine.config import EngineConfig
 from serving.engine.events import AddRequest, CancelRequest, Publish, StepDone, Submit
@@ -24,6 +23,7 @@ from serving.incident.cores import EngineParts
 from serving.incident.log_file import Entry
 from serving.incident.replay import replay
 from serving.policy.snapshot import ReplicaLoad
+from serving.sim.cost_fit import non_negative_least_squares
 from serving.sim.modelled_executor import ModelledExecutor, StepCost
 from serving.sim.replica_node import ReplicaNode
 from serving.sim.world import World
@@ -220,15 +220,8 @@ class _Steps:
         """The least squares of it, no part of it negative."""
         if not self._seconds:
             raise ConfigurationError(f"--what_if: no step ended in {path}.")
-        work: npt.NDArray[np.float64] = np.array(self._work, np.float64)
-        fitted, used = np.zeros(3), [0, 1, 2]
-        while used:
-            part = np.linalg.lstsq(work[:, used], np.array(self._seconds), rcond=None)[0]
-            if (part >= 0).all():
-                fitted[used] = part
-                break
-            used = [one for one, value in zip(used, part, strict=True) if value > 0]
-        return StepCost(*map(float, fitted))
+        work, seconds = np.array(self._work, np.float64), np.array(self._seconds)
+        return StepCost(*non_negative_least_squares(work, seconds).tolist())
 
 
 def _shifted(event: AddRequest, first: float) -> AddRequest:

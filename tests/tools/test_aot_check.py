@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from serving import results_file
+from serving.results_file import row
 from tools.aot.report import merged
-from tools.bench import results
-from tools.bench.summary import row
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,12 +71,12 @@ def test_what_fits_says_so_in_a_table_and_a_file(folder: Path, tmp_path: Path) -
 def test_a_file_keeps_the_figures_of_other_deployments(tmp_path: Path) -> None:
     file = tmp_path / "aot.json"
     first = {"command": "one", "rows": [row("a on v6e: fits", "bool", [1])]}
-    results.write(file, first)
+    results_file.write(file, first)
     second = {"command": "two", "rows": [row("a on v5e: fits", "bool", [0])]}
     both = merged(file, second)
     assert both["command"] == "one\ntwo"
     assert both["rows"] == first["rows"] + second["rows"]
-    results.write(file, both)
+    results_file.write(file, both)
     again = {"command": "one", "rows": [row("a on v6e: fits", "bool", [0])]}
     assert merged(file, again)["rows"] == second["rows"] + again["rows"]
     assert merged(file, again)["command"] == "one\ntwo"

@@ -11,7 +11,7 @@ from serving.engine.executor import ExecutorLimits
 from tools.bench import results
 from tools.bench.engine import bars, measurements
 from tools.bench.engine.bars import Bar
-from tools.bench.engine.engine import EngineSettings, InProcessEngine, Run, build
+from tools.bench.engine.engine import TINY, InProcessEngine, Run, build
 from tools.bench.engine.measurements import Bench
 from tools.bench.engine.profile import DecodeTrace, DeviceEvent, device_step
 from tools.bench.engine.receipts import EngineError
@@ -23,11 +23,7 @@ from tools.bench.engine.works import FULL, SMOKE, Job, alike
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_engine.py"
 
-SETTINGS = EngineSettings(
-    model="random:tiny-llama", dtype="float32", max_model_len=128, num_rows=4, block_size=16,
-    prefill_buckets=(32,), max_prefills=2, memory_fraction=0.9, num_blocks=64, step_tokens=None,
-    decode_steps=1, pipeline_depth=2, compile_threads=2,
-)  # fmt: skip
+SETTINGS = dataclasses.replace(TINY, prefill_buckets=(32,))
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 
 from tools.bench.engine.bars import Bar
-from tools.bench.engine.engine import EngineSettings
+from tools.bench.engine.engine import TINY
 from tools.bench.engine.gateway import GatewayEngine, beside_in_process, serve_flags
 from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import MEASURED, measured, not_measured
 from tools.bench.engine.works import Job
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_engine.py"
-
-SETTINGS = EngineSettings(
-    model="random:tiny-llama", dtype="float32", max_model_len=128, num_rows=4, block_size=16,
-    prefill_buckets=(16, 32), max_prefills=2, memory_fraction=0.9, num_blocks=64, step_tokens=None,
-    decode_steps=1, pipeline_depth=2, compile_threads=2,
-)  # fmt: skip
 
 
 def test_works_go_through_a_gateway_and_are_set_beside_those_in_process(tmp_path):
@@ -43,7 +37,7 @@ def test_works_go_through_a_gateway_and_are_set_beside_those_in_process(tmp_path
 
 
 def test_a_worker_gets_the_settings_of_the_engine(tmp_path):
-    flags = serve_flags(SETTINGS, tmp_path, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"})
+    flags = serve_flags(TINY, tmp_path, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"})
     assert "--noprefix_cache" in flags
     given = dict(flag.removeprefix("--").split("=") for flag in flags if "=" in flag)
     assert given["model"] == "random:tiny-llama"
@@ -51,13 +45,13 @@ def test_a_worker_gets_the_settings_of_the_engine(tmp_path):
     assert given["mixed_calls"] == "False"
     assert (given["num_rows"], given["replicas"], given["num_blocks"]) == ("4", "1", "64")
     assert float(given["memory_fraction"]) == pytest.approx(0.45)
-    free = dataclasses.replace(SETTINGS, num_blocks=None, step_tokens=50)
+    free = dataclasses.replace(TINY, num_blocks=None, step_tokens=50)
     flags = serve_flags(free, tmp_path, {})
     assert "--token_budget=50" in flags
     assert not any(flag.startswith("--num_blocks") for flag in flags)
     assert any(flag.startswith("--memory_fraction=0.675") for flag in flags)
     with pytest.raises(ValueError, match="--pipeline_depth must be 2"):
-        serve_flags(dataclasses.replace(SETTINGS, pipeline_depth=1), tmp_path, {})
+        serve_flags(dataclasses.replace(TINY, pipeline_depth=1), tmp_path, {})
 
 
 @pytest.fixture

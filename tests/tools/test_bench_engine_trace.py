@@ -1,5 +1,6 @@
 """Work itl of bench_engine: the trace, the search for saturation, and the sums."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from serving.engine.request import FinishReason, RequestOutput
 from serving.sim.workload.requests import Workload, WorkloadRequest
 from tools.bench.engine import measurements
-from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
+from tools.bench.engine.engine import TINY, InProcessEngine, build
 from tools.bench.engine.latency import gaps_ms, histogram, quantiles, step_kinds
 from tools.bench.engine.measurements import Bench
 from tools.bench.engine.receipts import EngineError, Receipt, Receipts
@@ -18,11 +19,9 @@ from tools.bench.engine.trace import endless, mean_lengths, timed_jobs, window
 from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import SMOKE, Job
 
-SETTINGS = EngineSettings(
-    model="random:tiny-llama", dtype="float32", max_model_len=64, num_rows=2, block_size=16,
-    prefill_buckets=(16,), max_prefills=1, memory_fraction=0.9, num_blocks=16, step_tokens=None,
-    decode_steps=1, pipeline_depth=2, compile_threads=2,
-)  # fmt: skip
+SETTINGS = dataclasses.replace(
+    TINY, max_model_len=64, num_rows=2, prefill_buckets=(16,), max_prefills=1, num_blocks=16
+)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from lumen_kernels.target import CPU
 
+from serving import results_file
 from tools.bench import results
 from tools.bench.kernels import reference
 from tools.bench.kernels.case import Bar, Case, DoesNotFitError, Measurement, Work, WrongResultError
@@ -41,7 +42,7 @@ def test_smoke_run_measures_every_operation_and_gives_a_results_file(tmp_path):
         assert any(name.startswith(operation) for name in statuses)
     assert all(len(one["samples"]) == 2 and one["median"] > 0 for one in outcome.rows)
 
-    results.write(tmp_path / "kernels.json", results.results(outcome.rows, outcome.facts, {}))
+    results_file.write(tmp_path / "kernels.json", results.results(outcome.rows, outcome.facts, {}))
     read = json.loads((tmp_path / "kernels.json").read_text())
     assert [one["name"] for one in read["rows"]] == list(statuses)
     assert len(markdown(read["rows"]).splitlines()) == 2 + len(statuses)

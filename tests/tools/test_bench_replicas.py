@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.bench.engine import replicas
-from tools.bench.engine.engine import EngineSettings
+from tools.bench.engine.engine import TINY
 from tools.bench.engine.load_watch import Load, Report, steady, step_ms
 from tools.bench.engine.lock_watch import LockShares, LockWatch, LockWatchError
 from tools.bench.engine.receipts import EngineError
@@ -21,13 +21,8 @@ from tools.bench.spawn import child_running
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_replicas.py"
 
-SETTINGS = EngineSettings(
-    model="random:tiny-llama", dtype="float32", max_model_len=128, num_rows=4, block_size=16,
-    prefill_buckets=(16, 32), max_prefills=2, memory_fraction=0.9, num_blocks=64, step_tokens=None,
-    decode_steps=1, pipeline_depth=2, compile_threads=2,
-)  # fmt: skip
 OPTIONS = Options(
-    settings=SETTINGS, replicas=2, alone=(0,), context=24, output=64, waves=1, reps=1,
+    settings=TINY, replicas=2, alone=(0,), context=24, output=64, waves=1, reps=1,
     cache_dir=None, barred=True,
 )  # fmt: skip
 
@@ -133,7 +128,7 @@ def test_a_setup_that_does_not_start_is_a_failure_and_the_others_go_on(monkeypat
         ({"alone": (2,)}, "--alone=2"),
         ({"reps": 0}, "--reps"),
         ({"output": 200}, "--max_model_len"),
-        ({"settings": dataclasses.replace(SETTINGS, tensor_parallel=2)}, "--tensor_parallel"),
+        ({"settings": dataclasses.replace(TINY, tensor_parallel=2)}, "--tensor_parallel"),
     ],
     ids=str,
 )

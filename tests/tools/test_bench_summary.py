@@ -2,9 +2,11 @@ import json
 
 import pytest
 
+from serving import results_file
+from serving.results_file import percentiles, row
 from tools.bench import results
 from tools.bench.record import RequestRecord
-from tools.bench.summary import percentiles, row, rows_of, table_of
+from tools.bench.summary import rows_of, table_of
 from tools.bench.workload import Task
 
 
@@ -60,7 +62,7 @@ def test_results_file_has_the_agreed_form_and_reads_back(tmp_path):
     rows = [row("a", "s", [1.0, 2.0], peer=3.0), row("b", "1/s", [])]
     content = results.results(rows, {"seed": 0}, {"torch": "2"})
     path = tmp_path / "deep" / "r.json"
-    results.write(path, content)
+    results_file.write(path, content)
     again = json.loads(path.read_text())
     assert again == content
     assert {"commit", "command", "hardware", "date", "versions", "rows"} <= set(again)

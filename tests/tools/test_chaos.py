@@ -40,7 +40,7 @@ def test_a_broken_core_is_reported_shrunk_and_replayed(tmp_path):
     found = chaos("--seeds=2", f"--failures={tmp_path}", code=BROKEN)
     assert found.returncode == 1, found.stderr
     assert "Seed 0 broke a rule: InternalError: Attempt 1 of r" in found.stdout
-    assert "Replay: python -m serving.sim.fault_run 0" in found.stdout
+    assert "Replay: python -m serving.sim.faults.run 0" in found.stdout
     assert "2 broke a rule." in found.stdout
     (file,) = tmp_path.iterdir()
     assert file.name == "seed-0.json"

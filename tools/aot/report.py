@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from serving.results_file import Row, row
 from tools.aot.compiling import CompiledProgram, needed_bytes
 from tools.aot.deployment import Deployment, Plan, gib
 from tools.aot.topologies import HBM_BYTES, device_count
-from tools.bench.summary import Row, row
 
 _MIB = float(1 << 20)
 _GIB = float(1 << 30)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from serving.results_file import Row, row
 from tools.bench.clients import Client
 from tools.bench.load import run_streams
 from tools.bench.peer import Peer
 from tools.bench.record import RequestRecord
-from tools.bench.summary import Row, elapsed_s, row, rows_of, streams_name
+from tools.bench.summary import elapsed_s, rows_of, streams_name
 from tools.bench.workload import Workload
 
 # Floors of the first release: this share of transformers' rate with one stream, and this

@@ -8,7 +8,7 @@ cache of the device, and serving seldom does that.
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -176,13 +176,8 @@ class GridClock:
             while len(pending) < _DEPTH:
                 plan = first if not submitted else again
                 self._step += 1
-                plan = StepPlan(
-                    self._step,
-                    plan.decode_rows,
-                    plan.prefills,
-                    plan.assignments,
-                    plan.table if not submitted else NO_TABLE_UPDATE,
-                )
+                table = plan.table if not submitted else NO_TABLE_UPDATE
+                plan = replace(plan, step_id=self._step, table=table)
                 self.executor.submit(plan)
                 pending.append(plan)
                 submitted += 1
@@ -251,8 +246,7 @@ class GridClock:
 
 
 def _later(work: StepWork, steps: int) -> StepWork:
-    context = work.context + steps * work.decoding
-    return StepWork(work.rows, work.decoding, context, work.steps, work.calls, work.mixed)
+    return replace(work, context=work.context + steps * work.decoding)
 
 
 def grid_table(times: Sequence[GridTimes], foretold: Sequence[float]) -> str:

@@ -1,18 +1,15 @@
-"""The form of a results file (docs/results/NAME.json) and the facts that go with the figures."""
+"""The facts that go with the figures of a tool, and where both are written."""
 
-import datetime
-import importlib.metadata
-import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench.summary import Row
+from serving import results_file
+from serving.results_file import Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grpcio", "aiohttp", "lumen-jax")
 
@@ -21,28 +18,14 @@ def results(
     rows: Sequence[Row], settings: Mapping[str, Any], versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """A results file: where, when, with what, and the rows. versions: of the peer, if any."""
-    return {
-        "commit": _commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "hardware": hardware(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-            **versions,
-        },
-        "settings": dict(settings),
-        "rows": list(rows),
-    }
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Store as readable JSON, a row's samples on one line each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n    ".join(json.dumps(one, ensure_ascii=False) for one in content["rows"])
-    head = {key: value for key, value in content.items() if key != "rows"}
-    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-    path.write_text(f'{text},\n  "rows": [\n    {rows}\n  ]\n}}\n', encoding="utf-8")
+    return results_file.content(
+        rows,
+        settings,
+        command=shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        hardware=hardware(),
+        packages=_PACKAGES,
+        versions=versions,
+    )
 
 
 def publish(
@@ -58,7 +41,7 @@ def publish(
     if device is not None:
         content["hardware"] = f"{device}; {content['hardware']}"
     if json_path:
-        write(Path(json_path), content)
+        results_file.write(Path(json_path), content)
         print(f"Wrote {json_path}")
     text = f"{content['hardware']}, {content['date']}. {bars}\n\n{table}"
     if table_path:
@@ -90,19 +73,3 @@ def hardware() -> str:
                 break
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
-
-
-def _commit() -> str:
-    root = Path(__file__).parents[2]
-    try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit + ("" if not _git(root, "status", "--porcelain", "-uno") else " with changes")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not a git checkout)"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()

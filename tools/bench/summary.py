@@ -2,18 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from rich.table import Table
 
+from serving.results_file import PERCENTILES, Row, percentiles, row
 from tools.bench.record import RequestRecord
 
-PERCENTILES = (50, 90, 95, 99)
 TIMES = frozenset({"us", "ms", "s"})
 """Units of which less is more."""
-
-Row = dict[str, Any]
 
 
 def rows_of(name: str, records: Sequence[RequestRecord]) -> list[Row]:
@@ -44,20 +40,6 @@ def rows_of(name: str, records: Sequence[RequestRecord]) -> list[Row]:
     return rows
 
 
-def row(name: str, unit: str, samples: Sequence[float], **more: Any) -> Row:
-    """One row of a results file; `samples` are raw."""
-    return {
-        "name": name,
-        "unit": unit,
-        "samples": [float(f"{sample:.6g}") for sample in samples],
-        "median": float(f"{np.median(samples):.6g}") if len(samples) else None,
-        "peer": None,
-        "peer_source": None,
-        "floor": None,
-        **more,
-    }
-
-
 def verdict(one: Row) -> str:
     """ "aim", "floor" or "below floor" for a row with a median, floor and aim; "" without a floor.
 
@@ -78,14 +60,6 @@ def verdict(one: Row) -> str:
 def streams_name(count: int) -> str:
     """How a load of so many streams is called in rows."""
     return "1 stream" if count == 1 else f"{count} streams"
-
-
-def percentiles(samples: Sequence[float]) -> dict[str, float]:
-    """p50 to p99 by linear interpolation; empty for no samples."""
-    if not len(samples):
-        return {}
-    values = np.percentile(np.asarray(samples), PERCENTILES)
-    return {f"p{p}": float(f"{v:.6g}") for p, v in zip(PERCENTILES, values, strict=True)}
 
 
 def elapsed_s(records: Sequence[RequestRecord]) -> float:

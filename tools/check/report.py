@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from tools.bench.summary import Row, row
+from serving.results_file import Row, row
 from tools.check.comparison import Errors, Tolerance
 from tools.check.hole import HoleCheck
 from tools.check.token_by_token import TokenCheck

@@ -160,6 +160,31 @@ def test_decodes_of_the_batch_class_wait_for_prompts_that_fill_calls(
     assert [plan.decode_rows.size for plan in driver.plans[: len(decoding)]] == decoding
 
 
+@pytest.mark.parametrize(
+    ("stop", "priority"),
+    [("length", Priority.LOW), ("length", Priority.HIGH), ("cancel", Priority.LOW)],
+)
+def test_prompts_without_end_do_not_stop_the_batch_class(make_driver, make_prompt, stop, priority):
+    """Each leaves its row and blocks at once, so these never run out."""
+    driver = make_driver(
+        limits={"max_prefill_tokens": 8, "max_prefills": 2, "num_blocks": 24, "num_rows": 4},
+        config={"prefix_caching": False},
+    )
+    driver.add("old", make_prompt(4), priority=Priority.LOW, max_tokens=6)
+    driver.step()
+    for index in range(200):
+        most = 1 if stop == "length" else 8
+        driver.add(f"r{index}", make_prompt(8, index), priority=priority, max_tokens=most)
+        driver.step()
+        if stop == "cancel":
+            driver.cancel(f"r{index}")
+        if "old" in driver.ends:
+            break
+    driver.assert_as_reference("old")
+    # Of those cancelled, 12 to each step of the old one: kept, they would fill the memory.
+    assert index < (5 if stop == "length" else 5 * 13)
+
+
 @pytest.mark.parametrize("name", ["spread_steps", "min_prefill_tokens"])
 def test_a_spread_of_nothing_is_refused(name):
     with pytest.raises(ConfigurationError, match=name):

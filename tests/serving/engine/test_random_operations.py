@@ -8,7 +8,7 @@ import pytest
 from serving.engine.executor import MixedSize
 from serving.engine.request import FinishReason, Priority
 
-OPERATIONS = 1250  # for each of the eight variants below
+OPERATIONS = 2000  # for each of the eight variants below
 
 TIGHT = {"num_blocks": 18, "max_model_len": 48}
 

@@ -33,14 +33,7 @@ async def live_run(executor, folder: Path) -> dict[str, FinishReason]:
     limits = executor.limits
     opened = functools.partial(open_recorder, folder, limit_bytes=1 << 30)
     engine = EngineParts(limits, EngineConfig(decode_steps=2))
-    info = ReplicaInfo(
-        0,
-        limits.num_rows,
-        limits.max_model_len,
-        min(limits.max_model_len, limits.num_blocks * limits.block_size),
-        limits.block_size,
-        limits.num_blocks,
-    )
+    info = ReplicaInfo.of(0, limits)
     at_worker = WorkerConfig("w", "one", "tiny", limits.model_revision, limits.vocab_size, (info,))
     at_gateway = GatewayConfig("g", heartbeat_interval_s=0.05)
     recorders = [

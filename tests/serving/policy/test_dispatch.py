@@ -47,6 +47,11 @@ CASES = {
         ("w1", 0),
     ),
     "second replica of a worker": (fleet((BUSY, load(replica=1))), LOW, ("w0", 1)),
+    "without memory yet": (
+        fleet((load(total_blocks=0, free_blocks=0),), (BUSY,)),
+        HIGH,
+        ("w1", 0),
+    ),
     "unhealthy": (fleet((load(healthy=False),), (BUSY,)), HIGH, ("w1", 0)),
     "draining": (fleet((load(draining=True),), (BUSY,)), HIGH, ("w1", 0)),
     "all draining": (fleet((load(draining=True), load(replica=1, healthy=False))), HIGH, None),

@@ -138,8 +138,8 @@ def test_a_profile_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (("nmae",), 1, "nmae is unknown; there are name"),
-        (("name",), None, "name is missing"),
+        (("nmae",), 1, "has not the fields of Profile; unknown: nmae"),
+        (("name",), None, "has not the fields of Profile; missing: name"),
         (("tensor_parallel",), "1", "tensor_parallel is '1'; it must be a whole number"),
         (("tensor_parallel",), True, "tensor_parallel is True; it must be a whole number"),
         (("assumed",), "nothing", "assumed is 'nothing'; it must be a list"),
@@ -147,11 +147,15 @@ def test_a_profile_survives_its_file(tmp_path):
         (("cost", "pair_s"), float("nan"), "cost.pair_s is nan"),
         (("cost", "call_s"), [], "cost.call_s must have points"),
         (("cost", "call_s"), [[2, 1.0], [1, 1.0]], "cost.call_s must have points"),
-        (("cost", "call_s"), [[2, 1.0], [3]], r"cost.call_s\[1\] has 1 entries; it must have 2"),
+        (("cost", "call_s"), [[2, 1.0], [3]], r"cost.call_s\[1\] is \[3\]; it must be a list of 2"),
         (("executor", "mixed_calls"), [[256, 63]], "mixed_calls has"),
         (("executor", "prefill_buckets"), [], "max_prefill_tokens is 0"),
-        (("moves",), 3, "moves is int; it must be an object"),
-        (("held_out",), {"points": 1}, "held_out.mean is missing"),
+        (("moves",), 3, "moves is 3; it must be the fields of Moves"),
+        (
+            ("held_out",),
+            {"points": 1},
+            "held_out has not the fields of FitError; missing: largest, mean",
+        ),
     ],
 )
 def test_a_wrong_profile_is_refused_by_name(tmp_path, path, value, says):

@@ -64,6 +64,9 @@ def test_decodes_read_what_their_rows_hold():
     seconds, result = duration(executor, decode(3, [0, 5], steps=3))
     assert seconds == pytest.approx(PROFILE.cost.seconds(StepWork(8, 2, 702, 3)))
     assert result.tokens.tolist() == [[602, 603, 604], [102, 103, 104]]
+    seconds, result = duration(executor, decode(4, [0, 5], steps=2))
+    assert seconds == pytest.approx(PROFILE.cost.seconds(StepWork(8, 2, 708, 2)))
+    assert result.tokens.tolist() == [[605, 606], [105, 106]]
 
 
 def test_a_plan_that_fits_is_one_mixed_call():

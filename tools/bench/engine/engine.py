@@ -93,6 +93,14 @@ class EngineSettings:
     batch_sizes: tuple[int, ...] | None = None
 
 
+TINY = EngineSettings(
+    model="random:tiny-llama", dtype="float32", max_model_len=128, num_rows=4, block_size=16,
+    prefill_buckets=(16, 32), max_prefills=2, memory_fraction=0.9, num_blocks=64, step_tokens=None,
+    decode_steps=1, pipeline_depth=2, compile_threads=2,
+)  # fmt: skip
+"""An engine that any machine starts in seconds, to see that a tool works."""
+
+
 def executor_config(settings: EngineSettings, cache_dir: Path | None) -> DeviceExecutorConfig:
     """The executor's part of the settings. Raises ConfigurationError."""
     return DeviceExecutorConfig(

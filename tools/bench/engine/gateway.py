@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from serving.results_file import Row
 from tools.bench.engine.bars import Bar
 from tools.bench.engine.engine import EngineSettings, Run
 from tools.bench.engine.gateway_client import READY
@@ -18,7 +19,7 @@ from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import MEASURED, with_bar
 from tools.bench.engine.works import Job
 from tools.bench.spawn import running_server
-from tools.bench.summary import TIMES, Row
+from tools.bench.summary import TIMES
 
 MOST_CLIENTS = 4
 """Processes that ask: one would be busy most of the time with some 10,000 messages per second."""

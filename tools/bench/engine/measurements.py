@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.results_file import Row
 from tools.bench.engine import bars, trace_latency
 from tools.bench.engine.bars import Bar
 from tools.bench.engine.engine import Engine, InProcessEngine, Run
@@ -15,7 +16,6 @@ from tools.bench.engine.report import kernel_rows, measured, not_measured
 from tools.bench.engine.step_clock import SteadyStep, steady_step
 from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import Lengths, Sizes, alike
-from tools.bench.summary import Row
 
 _UNTRACED_STEPS = 24  # of the whole batch, before the trace
 _TRACED_STEPS = 24

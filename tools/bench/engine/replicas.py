@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumen.model_spec import resolve_model
+from serving.results_file import Row
 from tools.bench.engine.bars import Bar
 from tools.bench.engine.engine import EngineSettings
 from tools.bench.engine.gateway import gateway_engine
@@ -19,7 +20,6 @@ from tools.bench.engine.receipts import EngineError
 from tools.bench.engine.report import line, measured, not_measured, with_bar
 from tools.bench.engine.works import alike
 from tools.bench.spawn import child_running
-from tools.bench.summary import Row
 
 MOST_SLOWER = 1.03
 """Of the step of a replica that has the worker for itself."""

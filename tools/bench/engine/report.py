@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from serving.results_file import Row, row
 from tools.bench.engine.bars import NONE, SOURCE, Bar
 from tools.bench.engine.profile import KernelTime
-from tools.bench.summary import TIMES, Row, row, verdict
+from tools.bench.summary import TIMES, verdict
 
 MEASURED = "measured"
 _HEAD = ("what", "median", "unit", "vLLM", "speed", "floor", "aim", "verdict", "note")

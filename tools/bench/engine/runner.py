@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lumen.errors import LumenError
 from lumen.model_spec import resolve_model
+from serving.results_file import Row
 from tools.bench.engine import bars, byte_floor
 from tools.bench.engine.engine import EngineSettings, InProcessEngine, build
 from tools.bench.engine.gateway import beside_in_process, gateway_engine
@@ -23,7 +24,6 @@ from tools.bench.engine.report import line, measured, not_measured
 from tools.bench.engine.start_up import StartUp, start
 from tools.bench.engine.trace_latency import TraceOptions
 from tools.bench.engine.works import FULL, SMOKE, Sizes
-from tools.bench.summary import Row
 
 START = "start"
 WORK_NAMES = (START, *WORKS)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.results_file import Row
 from serving.sim.workload.requests import Workload
 from tools.bench.engine.bars import NONE, Bar
 from tools.bench.engine.engine import InProcessEngine
@@ -31,7 +32,6 @@ from tools.bench.engine.report import measured, not_measured
 from tools.bench.engine.saturation import RateSearch, Served, queue_of, service_rate
 from tools.bench.engine.trace import endless, mean_lengths, timed_jobs, window
 from tools.bench.engine.works import Job, TimedJob
-from tools.bench.summary import Row
 
 _FLOOR, _AIM = 3.0, 2.0  # p99 over p50
 _POLL_S = 0.02

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from serving.results_file import Row, row
 from tools.bench.kernels.case import Case, Measurement
 from tools.bench.kernels.ceilings import Ceilings
-from tools.bench.summary import Row, row, verdict
+from tools.bench.summary import verdict
 
 _US = 1e6
 _TERA = 1e-12

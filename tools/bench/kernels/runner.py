@@ -13,6 +13,7 @@ import jax
 from lumen_kernels.errors import KernelArgumentError
 from lumen_kernels.target import Target
 
+from serving.results_file import Row
 from tools.bench.kernels import (
     add_norm,
     block_copy,
@@ -31,7 +32,6 @@ from tools.bench.kernels.pool import KvPool
 from tools.bench.kernels.report import MEASURED, measured_row, other_row
 from tools.bench.kernels.sizes import FULL, FURTHER, SMOKE
 from tools.bench.kernels.timing import Timing, compile_all, default_threads
-from tools.bench.summary import Row
 
 ARENA_OPERATIONS: dict[str, Callable[[Bench, KvPool], list[Case]]] = {
     "decode": decode.cases,

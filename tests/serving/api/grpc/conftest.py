@@ -93,17 +93,7 @@ class Worker:
         self.executors = [GatedExecutor() for _ in range(replicas)]
         if gated:
             self.allow(0)
-        infos = tuple(
-            ReplicaInfo(
-                number,
-                LIMITS.num_rows,
-                LIMITS.max_model_len,
-                min(LIMITS.max_model_len, LIMITS.num_blocks * LIMITS.block_size),
-                LIMITS.block_size,
-                LIMITS.num_blocks,
-            )
-            for number in range(replicas)
-        )
+        infos = tuple(ReplicaInfo.of(number, LIMITS) for number in range(replicas))
         config = WorkerConfig(
             worker_id,
             incarnation,

@@ -6,7 +6,7 @@
     profile = "../profiles/h200_llama_8b.json"
     replicas = 16
 
-    [engine]                    # EngineConfig of every replica, where it differs from the default
+    [engine]                    # of every replica, where it differs from run.DEFAULT_ENGINE
     prefix_caching = true
 
     [policy]
@@ -21,14 +21,14 @@ take the scenario's.
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from serving.engine.config import EngineConfig
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import DISPATCHES
-from serving.sim.fleet_run import FleetConfig
+from serving.sim.fleet.run import DEFAULT_ENGINE, FleetConfig
 from serving.sim.profile import read_profile
 from serving.sim.workload.requests import Workload
 from serving.sim.workload.spec import from_spec
@@ -39,9 +39,6 @@ _WHOLE = ("replicas", "replicas_per_worker", "num_blocks", "queue")
 _SECONDS = ("network_s", "report_s", "sample_s")
 _ENGINE_WHOLE = ("pipeline_depth", "max_step_tokens", "spread_steps", "min_prefill_tokens")
 _ENGINE_FLAGS = ("prefill_first", "prefix_caching")
-
-# One output with all tokens but the first: nobody looks at those between, and their times are kept.
-SELDOM = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,7 @@ def _fleet(whole: Section, path: Path) -> FleetConfig:
 
 
 def _engine(whole: Section) -> EngineConfig:
-    values: dict[str, Any] = {"prefix_caching": False, "publish_every": SELDOM}
+    values: dict[str, Any] = {}
     if "engine" in whole:
         engine = whole.section("engine", (*_ENGINE_WHOLE, *_ENGINE_FLAGS, "watermark"))
         values.update({key: engine.whole(key) for key in _ENGINE_WHOLE if key in engine})
@@ -128,4 +125,4 @@ def _engine(whole: Section) -> EngineConfig:
                     raise engine.wrong(key, "true or false")
         if "watermark" in engine:
             values["watermark"] = engine.number("watermark")
-    return EngineConfig(**values)
+    return replace(DEFAULT_ENGINE, **values)

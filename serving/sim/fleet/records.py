@@ -83,16 +83,14 @@ class RequestTimes:
         """One more ended so."""
         self.ends[finish] = self.ends.get(finish, 0) + 1
 
-    @property
-    def ttft(self) -> Float64:
-        """Seconds to the first token of every request that had one."""
-        times = self.first - self.arrived
-        return times[~np.isnan(times)]
+    def ttft(self, which: npt.NDArray[np.bool_]) -> Float64:
+        """Seconds to the first token of those of these requests that had one."""
+        had_first = which & ~np.isnan(self.first)
+        return (self.first - self.arrived)[had_first]
 
-    @property
-    def tpot(self) -> Float64:
-        """Mean seconds per further token of every request that finished with two or more."""
-        several = (self.tokens > 1) & ~np.isnan(self.finished)
+    def tpot(self, which: npt.NDArray[np.bool_]) -> Float64:
+        """Mean seconds per further token of those that finished with two or more."""
+        several = which & (self.tokens > 1) & ~np.isnan(self.finished)
         return (self.finished - self.first)[several] / (self.tokens[several] - 1)
 
 

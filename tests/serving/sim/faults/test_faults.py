@@ -9,7 +9,7 @@ import pytest
 
 from serving.engine.request import FinishReason
 from serving.errors import InternalError
-from serving.sim.fault_run import FaultRun
+from serving.sim.faults.run import FaultRun
 
 GROUPS = 20
 SEEDS_PER_GROUP = 10
@@ -23,7 +23,7 @@ def test_no_seed_breaks_an_invariant(group):
         try:
             result = FaultRun(seed).run()
         except (InternalError, AssertionError) as error:
-            pytest.fail(f"{error}\nReplay: python -m serving.sim.fault_run {seed}")
+            pytest.fail(f"{error}\nReplay: python -m serving.sim.faults.run {seed}")
         ends.update(result.ends.values())
         moved += sum(attempt > 1 for attempt in result.attempts.values())
     # A run in which nothing happens proves nothing: all kinds of ends, and moves between replicas.
@@ -48,7 +48,7 @@ def test_the_replay_command_gives_the_same_run_under_another_hash_seed():
     run = FaultRun(3, keep_log=True)
     result = run.run()
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    command = [sys.executable, "-m", "serving.sim.fault_run", "3"]
+    command = [sys.executable, "-m", "serving.sim.faults.run", "3"]
     replay = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert replay.stdout == "\n".join([*run.world.log, repr(result)]) + "\n"
 

@@ -2,10 +2,10 @@
 
 import random
 
+from serving.sim.faults.oracle import Oracle
+from serving.sim.faults.worker_node import WorkerNode, WorkerSetup
 from serving.sim.gateway_node import GatewayNode
-from serving.sim.oracle import Oracle
 from serving.sim.transport import Link, NetworkFaults
-from serving.sim.worker_node import WorkerNode, WorkerSetup
 from serving.sim.world import World
 
 _RECONNECT_S = (0.005, 0.15)

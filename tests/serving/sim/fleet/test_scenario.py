@@ -6,11 +6,11 @@ import pytest
 
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import fewest_requests
-from serving.sim.fleet_report import rows_of
-from serving.sim.fleet_run import FleetRun
-from serving.sim.fleet_scenario import read_scenario
+from serving.sim.fleet.report import rows_of
+from serving.sim.fleet.run import FleetRun
+from serving.sim.fleet.scenario import read_scenario
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[4] / "configs"
 PROFILE = CONFIGS / "profiles/h200_llama_8b.json"
 
 GOOD = f"""
@@ -72,6 +72,16 @@ def test_the_report_has_classes_promises_and_everything_else(tmp_path):
     assert rows["requests not finished"]["ends"] == {"length": 40}
     assert rows["output tokens"]["median"] == pytest.approx(800 / result.seconds, rel=1e-4)
     assert 0 < rows["KV use"]["median"] < 1
+    assert rows["requests finished"]["median"] == pytest.approx(40 / result.seconds, rel=1e-4)
+    assert rows["virtual time"]["median"] == pytest.approx(result.seconds, rel=1e-4)
+    for name in ("running", "waiting"):
+        found = [getattr(sample, name) for sample in result.samples]
+        assert rows[name]["samples"] == found
+    assert max(rows["running"]["samples"]) > 0
+    assert rows["KV use, fullest replica"]["largest"] == max(one.kv_most for one in result.samples)
+    for name in ("preemptions", "prompt tokens found in the prefix cache"):
+        assert rows[name]["samples"] == [0.0]
+    assert rows["clients sent away, each time"]["samples"] == [0.0]
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "scenarios").glob("*.toml")), ids=str)

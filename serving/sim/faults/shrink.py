@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from serving.engine.request import Priority
-from serving.sim.chaos import run_seed
-from serving.sim.client import ClientPlan
-from serving.sim.scenario import FaultPlan, Scenario
-from serving.sim.worker_node import WorkerSetup
+from serving.sim.faults.chaos import run_seed
+from serving.sim.faults.client import ClientPlan
+from serving.sim.faults.scenario import FaultPlan, Scenario
+from serving.sim.faults.worker_node import WorkerSetup
 
 type Breaks = Callable[[Scenario], bool]
 type Change = Callable[[Scenario], Scenario]

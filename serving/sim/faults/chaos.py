@@ -7,10 +7,10 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.sim.coverage import Coverage
-from serving.sim.fault_run import FaultRun
+from serving.sim.faults.coverage import Coverage
+from serving.sim.faults.run import FaultRun
+from serving.sim.faults.scenario import Scenario, draw_scenario
 from serving.sim.literal import LiteralError, from_literal, to_literal
-from serving.sim.scenario import Scenario, draw_scenario
 from serving.sim.world import World
 
 _PREAMBLE = re.compile(r"^seed \d+, [\d.]+ s: ")

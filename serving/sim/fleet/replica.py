@@ -25,7 +25,7 @@ from serving.engine.events import (
 )
 from serving.engine.request import RequestOutput
 from serving.errors import InternalError
-from serving.sim.fleet_records import Float64, GapHistogram
+from serving.sim.fleet.records import Float64, GapHistogram
 from serving.sim.timed_executor import TimedExecutor
 from serving.sim.world import World
 

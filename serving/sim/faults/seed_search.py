@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-from serving.sim.chaos import Failure, run_seed
-from serving.sim.coverage import Coverage
+from serving.sim.faults.chaos import Failure, run_seed
+from serving.sim.faults.coverage import Coverage
 
 _SEEDS_AT_A_TIME = 25
 

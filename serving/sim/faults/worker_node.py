@@ -27,8 +27,8 @@ from serving.engine.events import AddRequest, CancelRequest
 from serving.engine.request import RequestOutput
 from serving.policy.snapshot import ReplicaLoad
 from serving.sim.alarm import Alarm
+from serving.sim.faults.oracle import Numerics, Oracle
 from serving.sim.modelled_executor import ModelledExecutor
-from serving.sim.oracle import Numerics, Oracle
 from serving.sim.replica_node import ReplicaNode
 from serving.sim.transport import Link, LinkEnd
 from serving.sim.world import World
@@ -53,24 +53,13 @@ class WorkerNode:
 
     def __init__(self, world: World, setup: WorkerSetup, incarnation: str, oracle: Oracle) -> None:
         limits = setup.numerics.limits
-        infos = tuple(
-            ReplicaInfo(
-                replica=replica,
-                num_rows=limits.num_rows,
-                max_model_len=limits.max_model_len,
-                max_context_tokens=limits.num_blocks * limits.block_size,
-                block_size=limits.block_size,
-                num_blocks=limits.num_blocks,
-            )
-            for replica in range(setup.replicas)
-        )
         config = WorkerConfig(
             worker_id=setup.worker_id,
             incarnation=incarnation,
             model_id="model",
             model_revision=limits.model_revision,
             vocab_size=limits.vocab_size,
-            replicas=infos,
+            replicas=tuple(ReplicaInfo.of(replica, limits) for replica in range(setup.replicas)),
             report_interval_s=setup.report_interval_s,
             gateway_lease_s=setup.gateway_lease_s,
             retain_ended_s=setup.retain_ended_s,

@@ -1,26 +1,31 @@
 """A fleet in virtual time: the real gateway, worker and engine cores under a workload."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from serving.cluster.gateway_events import GatewayConfig
+from serving.cluster.messages import ReplicaInfo
 from serving.cluster.worker_events import WorkerConfig
 from serving.engine.active import ActiveRequest
 from serving.engine.config import EngineConfig
 from serving.engine.executor import ExecutorLimits
 from serving.errors import ConfigurationError
 from serving.policy.dispatch import Dispatch, dispatch
-from serving.sim.fleet_clients import FleetClients
-from serving.sim.fleet_records import FleetSample, GapHistogram, RequestTimes
-from serving.sim.fleet_replica import FleetReplica
-from serving.sim.fleet_worker import FleetWorker, replica_info
+from serving.sim.fleet.clients import FleetClients
+from serving.sim.fleet.records import FleetSample, GapHistogram, RequestTimes
+from serving.sim.fleet.replica import FleetReplica
+from serving.sim.fleet.worker import FleetWorker
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.profile import Profile
 from serving.sim.timed_executor import TimedExecutor
 from serving.sim.transport import Link, NetworkFaults
 from serving.sim.workload.requests import Workload
 from serving.sim.world import World
+
+DEFAULT_ENGINE = EngineConfig(prefix_caching=False, publish_every=1 << 30)
+"""Settings of a replica unless others are given. All tokens but the first come in one output:
+nobody looks at those between, and their times are kept."""
 
 _WARM_UP_S = 0.5  # until every worker has said hello and reported
 _MOST_SAMPLES = 4096
@@ -40,9 +45,7 @@ class FleetConfig:
     replicas: int = 1
     replicas_per_worker: int = 8
     num_blocks: int | None = None
-    engine: EngineConfig = field(
-        default_factory=lambda: EngineConfig(prefix_caching=False, publish_every=1 << 30)
-    )
+    engine: EngineConfig = DEFAULT_ENGINE
     queue: int = 2048
     network_s: float = 0.0003
     report_s: float = 0.25
@@ -168,7 +171,7 @@ class FleetRun:
             model_id=self._config.profile.model,
             model_revision=limits.model_revision,
             vocab_size=limits.vocab_size,
-            replicas=tuple(replica_info(replica, limits) for replica in range(count)),
+            replicas=tuple(ReplicaInfo.of(replica, limits) for replica in range(count)),
             report_interval_s=self._config.report_s,
         )
 

@@ -29,11 +29,11 @@ from serving.cluster.worker_attempts import Attempt, AttemptKey
 from serving.engine.active import RequestState
 from serving.engine.core import EngineCore
 from serving.policy.snapshot import ReplicaLoad
+from serving.sim.faults.scenario import Fault, FaultPlan
+from serving.sim.faults.worker_node import WorkerNode
+from serving.sim.faults.worker_site import WorkerSite
 from serving.sim.gateway_node import GatewayNode
-from serving.sim.scenario import Fault, FaultPlan
 from serving.sim.watch import Mishap
-from serving.sim.worker_node import WorkerNode
-from serving.sim.worker_site import WorkerSite
 
 
 class Stage(enum.Enum):

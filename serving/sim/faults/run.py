@@ -1,6 +1,6 @@
 """One simulated run: gateway, worker and engine cores under the faults of a seed.
 
-    python -m serving.sim.fault_run 17        replays seed 17 and prints its log
+    python -m serving.sim.faults.run 17        replays seed 17 and prints its log
 
 The cores check themselves after every event, the clients check every token; at the end nothing
 may be left anywhere.
@@ -12,12 +12,12 @@ from functools import partial
 
 from serving.engine.request import FinishReason
 from serving.errors import InternalError
-from serving.sim.client import Client
-from serving.sim.coverage import Coverage, CoverageWatch
+from serving.sim.faults.client import Client
+from serving.sim.faults.coverage import Coverage, CoverageWatch
+from serving.sim.faults.oracle import Oracle
+from serving.sim.faults.scenario import FAULTS_UNTIL_S, Fault, FaultPlan, Scenario, draw_scenario
+from serving.sim.faults.worker_site import WorkerSite
 from serving.sim.gateway_node import GatewayNode
-from serving.sim.oracle import Oracle
-from serving.sim.scenario import FAULTS_UNTIL_S, Fault, FaultPlan, Scenario, draw_scenario
-from serving.sim.worker_site import WorkerSite
 from serving.sim.world import World
 
 _ENDS_WITHIN_S = 20.0  # of the last fault: many times what the slowest scenario needs

@@ -7,8 +7,8 @@ import pytest
 
 from serving.cluster.attempt_ledger import AttemptLedger
 from serving.cluster.durable_requests import DurableRequests
-from serving.sim import shrink as shrinking
-from serving.sim.chaos import (
+from serving.sim.faults import shrink as shrinking
+from serving.sim.faults.chaos import (
     Failure,
     digest,
     read_run,
@@ -19,12 +19,12 @@ from serving.sim.chaos import (
     scenario_of,
     write_run,
 )
-from serving.sim.coverage import Coverage, Stage, possible
-from serving.sim.fault_run import FaultRun
+from serving.sim.faults.coverage import Coverage, Stage, possible
+from serving.sim.faults.run import FaultRun
+from serving.sim.faults.scenario import Fault, Scenario
+from serving.sim.faults.seed_search import Tally, run_seeds, search
+from serving.sim.faults.shrink import shrink
 from serving.sim.literal import LiteralError, from_literal, to_literal
-from serving.sim.scenario import Fault, Scenario
-from serving.sim.seed_search import Tally, run_seeds, search
-from serving.sim.shrink import shrink
 from serving.sim.watch import Mishap
 from serving.sim.world import InvariantViolated
 
@@ -214,11 +214,11 @@ WRONG = {
     "a field less": ('{"seed": 1}', "missing: log_sha256, message, rule, scenario"),
 }
 WRONG_PARTS = {
-    ("network", "loss"): ("much", "scenario.network.loss is 'much'; it must be a value of type"),
+    ("network", "loss"): ("much", "scenario.network.loss is 'much'; it must be a number"),
     ("network", "lost"): (0.5, "scenario.network has not the fields of NetworkFaults; unknown: l"),
     ("network", "delay"): ([0.1], "scenario.network.delay is .* a list of 2"),
-    ("numerics", "drift"): (1, "scenario.numerics.drift is 1; it must be a value of type bool"),
-    ("numerics", "eos_every"): (True, "it must be a value of type int"),
+    ("numerics", "drift"): (1, "scenario.numerics.drift is 1; it must be true or false"),
+    ("numerics", "eos_every"): (True, "it must be a whole number"),
     ("clients", 0): ({"submit_at": 0.0}, r"scenario.clients\[0\] has not .*; missing: request"),
     ("faults", 0): (
         {"at": 0.1, "fault": "FLOOD", "worker": 0, "replica": 0, "seconds": 0.1},

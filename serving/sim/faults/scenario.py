@@ -9,10 +9,10 @@ from serving.cluster.generation import GenerationRequest
 from serving.engine.config import EngineConfig
 from serving.engine.executor import ExecutorLimits
 from serving.engine.request import Priority, SamplingParams
-from serving.sim.client import Act, ClientPlan
-from serving.sim.oracle import Numerics
+from serving.sim.faults.client import Act, ClientPlan
+from serving.sim.faults.oracle import Numerics
+from serving.sim.faults.worker_node import WorkerSetup
 from serving.sim.transport import NetworkFaults
-from serving.sim.worker_node import WorkerSetup
 
 EOS = (7,)
 FAULTS_UNTIL_S = 1.0

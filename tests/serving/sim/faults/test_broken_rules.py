@@ -8,7 +8,7 @@ from serving.cluster.fences import Fences
 from serving.cluster.gateway_requests import Placement, RequestRecord
 from serving.cluster.worker_core import WorkerCore
 from serving.errors import InternalError
-from serving.sim.fault_run import FaultRun
+from serving.sim.faults.run import FaultRun
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.replica_node import ReplicaNode
 

@@ -10,7 +10,7 @@ from serving.cluster.gateway_events import ClientSubmit, Deliver, Refuse
 from serving.cluster.generation import GenerationRequest
 from serving.engine.request import SamplingParams
 from serving.errors import QueueFullError
-from serving.sim.fleet_records import RequestTimes
+from serving.sim.fleet.records import RequestTimes
 from serving.sim.gateway_node import ClientEffect, GatewayNode
 from serving.sim.workload.requests import Workload, WorkloadRequest
 from serving.sim.world import World

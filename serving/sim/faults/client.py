@@ -20,8 +20,8 @@ from serving.cluster.gateway_events import (
 from serving.cluster.generation import Delta, GenerationRequest
 from serving.engine.request import FinishReason
 from serving.errors import QueueFullError, StreamReplacedError, UnknownRequestError
+from serving.sim.faults.oracle import Oracle
 from serving.sim.gateway_node import ClientEffect, GatewayNode
-from serving.sim.oracle import Oracle
 from serving.sim.world import World
 
 

@@ -1,6 +1,6 @@
 from serving.engine.executor import ExecutorLimits
 from serving.engine.request import FinishReason, SamplingParams
-from serving.sim.oracle import Numerics, Oracle
+from serving.sim.faults.oracle import Numerics, Oracle
 
 LIMITS = ExecutorLimits(
     num_rows=2,

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from serving.cluster.messages import ReplicaInfo
 from serving.cluster.worker_core import WorkerCore
 from serving.cluster.worker_events import (
     GatewayConnected,
@@ -15,25 +14,12 @@ from serving.cluster.worker_events import (
     WorkerEvent,
     WorkerTick,
 )
-from serving.engine.executor import ExecutorLimits
 from serving.engine.request import RequestOutput
 from serving.sim.alarm import Alarm
-from serving.sim.fleet_replica import FleetReplica
+from serving.sim.fleet.replica import FleetReplica
 from serving.sim.gateway_node import GatewayNode
 from serving.sim.transport import Link, LinkEnd
 from serving.sim.world import World
-
-
-def replica_info(replica: int, limits: ExecutorLimits) -> ReplicaInfo:
-    """What a replica of these limits can take."""
-    return ReplicaInfo(
-        replica=replica,
-        num_rows=limits.num_rows,
-        max_model_len=limits.max_model_len,
-        max_context_tokens=limits.num_blocks * limits.block_size,
-        block_size=limits.block_size,
-        num_blocks=limits.num_blocks,
-    )
 
 
 class FleetWorker:

@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.engine.config import EngineConfig
 from serving.engine.request import FinishReason
 from serving.errors import ConfigurationError
-from serving.sim.fleet_clients import prompt_of
-from serving.sim.fleet_records import GapHistogram, RequestTimes
-from serving.sim.fleet_run import FleetConfig, FleetRun
+from serving.sim.fleet.clients import prompt_of
+from serving.sim.fleet.records import GapHistogram, RequestTimes
+from serving.sim.fleet.run import DEFAULT_ENGINE, FleetConfig, FleetRun
 from serving.sim.profile import read_profile
 from serving.sim.workload.requests import BATCH, INTERACTIVE, Workload, WorkloadRequest
 
-PROFILE = read_profile(Path(__file__).parents[3] / "configs/profiles/h200_llama_8b.json")
+PROFILE = read_profile(Path(__file__).parents[4] / "configs/profiles/h200_llama_8b.json")
 SMALL = replace(PROFILE, executor=replace(PROFILE.executor, num_rows=8, mixed_calls=((128, 8),)))
 
 
@@ -42,7 +41,7 @@ def workload(seed, requests=60, seconds=1.0):
 
 
 def config(**changes):
-    engine = EngineConfig(prefix_caching=True, publish_every=1 << 30)
+    engine = replace(DEFAULT_ENGINE, prefix_caching=True)
     settings = {"profile": SMALL, "replicas": 3, "replicas_per_worker": 2, "engine": engine}
     return FleetConfig(**{**settings, "num_blocks": 60, "sample_s": 0.1, **changes})
 
@@ -91,8 +90,9 @@ def test_one_request_takes_what_its_steps_take():
     settings = config(profile=PROFILE, replicas=1, num_blocks=None, network_s=0.001)
     times = FleetRun(settings, alone).run().times
     # Submit, token: two messages. Then a call of 1,024 tokens.
-    assert times.ttft[0] == pytest.approx(0.002 + 0.0230, abs=2e-4)
-    assert times.tpot[0] == pytest.approx(0.0043, abs=1e-4)
+    it = np.ones(1, np.bool_)
+    assert times.ttft(it)[0] == pytest.approx(0.002 + 0.0230, abs=2e-4)
+    assert times.tpot(it)[0] == pytest.approx(0.0043, abs=1e-4)
 
 
 def test_who_finds_the_gateway_full_comes_back():
@@ -134,13 +134,16 @@ def test_percentiles_of_gaps_are_within_half_a_percent():
 
 
 def test_times_of_requests_that_did_not_end_are_left_out():
-    times = RequestTimes.of(3)
+    times = RequestTimes.of(4)
     times.arrived[:] = 1.0
-    times.first[:2] = 3.0
-    times.finished[0] = 7.0
-    times.tokens[:] = (5, 4, 0)
-    assert times.ttft.tolist() == [2.0, 2.0]
-    assert times.tpot.tolist() == [1.0]
+    times.first[:] = (3.0, 4.0, np.nan, 6.0)
+    times.finished[:] = (7.0, np.nan, np.nan, 6.0)
+    times.tokens[:] = (5, 4, 0, 1)  # the last one's first token is all
+    every, later = np.ones(4, np.bool_), np.array([False, True, True, True])
+    assert times.ttft(every).tolist() == [2.0, 3.0, 5.0]
+    assert times.tpot(every).tolist() == [1.0]
+    assert times.ttft(later).tolist() == [3.0, 5.0]
+    assert times.tpot(later).tolist() == []
 
 
 @pytest.mark.parametrize(
