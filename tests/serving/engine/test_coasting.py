@@ -201,6 +201,15 @@ def test_nothing_is_foretold_where_tokens_must_be_looked_at():
     assert engine.core.quiet_steps() == 0
 
 
+def test_who_waits_for_a_row_does_not_end_a_stretch():
+    engine = Engine(coasts=False, rows=1)
+    engine.add("r", (1, 2), 30)
+    engine.until(5)
+    quiet = engine.core.quiet_steps()
+    engine.add("waits", (1, 2), 5)
+    assert engine.core.quiet_steps() == quiet > 0
+
+
 def test_nothing_is_foretold_past_a_deadline_or_an_end():
     engine = Engine(coasts=False)
     engine.add("r", (1, 2), 30)

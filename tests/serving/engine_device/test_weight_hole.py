@@ -65,6 +65,18 @@ def test_a_hole_is_as_large_as_what_leaves_it():
     assert weight_hole.hole_bytes({}) == 0
 
 
+@pytest.mark.parametrize("wider", [0, 1])
+def test_a_hole_counts_as_large_as_on_the_device_where_it_is_smallest(wider):
+    weights, _ = lying_at(0, 1000, 2000, 3000)
+    first = {id(a): i for i, a in enumerate(a for unit in weights.values() for a in unit)}
+    steps = [1000, 1000]
+    steps[wider] = 1024  # rounding between the matrices
+    found = weight_hole.hole_bytes(
+        weights, lambda a: [(step * first[id(a)], a.nbytes) for step in steps]
+    )
+    assert found == 4000
+
+
 def test_whatever_lies_between_weights_is_found_on_any_device():
     weights, extents = lying_at(0, 1024, 2048, 3072)
     with pytest.raises(ConfigurationError, match="4120 bytes lie between two matrices"):
