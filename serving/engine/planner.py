@@ -74,7 +74,7 @@ class Planner:
         self._least_prefill = config.min_prefill_tokens
         self._prefill_first = config.prefill_first
         self._kv_tokens = limits.num_blocks * limits.block_size
-        self._waited_tokens = 0  # of prompts for which decodes wait, since the last step with them
+        self._waited_tokens = 0  # of prompts that filled one step after the other
         self._decode_steps = config.decode_steps
         self._watermark = math.ceil(limits.num_blocks * config.watermark)
         self._batch = batch
@@ -182,18 +182,17 @@ class Planner:
 
         Not for long: each prompt that ends adds a row, and rows and memory admit so many. Prompts
         that leave nothing to decode add none, so nobody waits for them. Those that end otherwise
-        make room for more: then no longer than such prompts would take to fill the memory once.
+        make room for more: then no longer than such prompts would take to fill the memory once, and
+        not again before a step has room left.
         """
         if not self._prefill_first or self._batch.decoding_count(Priority.HIGH):
             return False
         tokens = sum(
             tokens for request, tokens in draft.chunks if request.end_len - len(request.tokens) > 1
         )
-        self._waited_tokens += tokens
-        if tokens >= self._limits.max_prefill_tokens and self._waited_tokens <= self._kv_tokens:
-            return True
-        self._waited_tokens = 0
-        return False
+        fills = tokens >= self._limits.max_prefill_tokens
+        self._waited_tokens = self._waited_tokens + tokens if fills else 0
+        return fills and self._waited_tokens <= self._kv_tokens
 
     def _take_chunk(self, draft: _Draft, request: ActiveRequest) -> None:
         """The next chunk of a prefill, as far as the step still has room."""
