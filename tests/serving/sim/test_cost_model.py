@@ -149,6 +149,8 @@ def test_a_profile_survives_its_file(tmp_path):
         (("cost", "call_s"), [[2, 1.0], [1, 1.0]], "cost.call_s must have points"),
         (("cost", "call_s"), [[2, 1.0], [3]], r"cost.call_s\[1\] has 1 entries; it must have 2"),
         (("executor", "mixed_calls"), [[256, 63]], "mixed_calls has"),
+        (("executor", "num_rows"), 10**30, "executor.num_rows is 10+; it must be at most 65536"),
+        (("executor", "num_blocks"), 10**30, "executor.num_blocks is 10+; it must be at most"),
         (("executor", "prefill_buckets"), [], "max_prefill_tokens is 0"),
         (("moves",), 3, "moves is int; it must be an object"),
         (("held_out",), {"points": 1}, "held_out.mean is missing"),
@@ -174,3 +176,6 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(ProfileError, match="is no JSON"):
         read_profile(tmp_path / "text.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ProfileError, match="is no JSON"):
+        read_profile(tmp_path / "deep.json")
