@@ -58,6 +58,8 @@ def from_literal(kind: Any, value: Any, where: str = "") -> Any:
         return float(value)
     if not isinstance(value, kind) or (kind is int and not whole):
         raise _wrong(where, value, f"a value of type {kind.__name__}")
+    if value != value:
+        raise _wrong(where, value, "a number")
     return value
 
 
