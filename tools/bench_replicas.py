@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
 def _options() -> Options:
     smoke, replicas = _SMOKE.value, _REPLICAS.value
     settings = _SMOKE_SETTINGS if smoke else engine_settings()
-    alone = range(replicas) if _ALONE.value is None else [int(one) for one in _ALONE.value]
+    alone = range(replicas) if _ALONE.value is None else _numbers(_ALONE.value)
     return Options(
         settings=settings,
         replicas=replicas,
@@ -88,6 +88,12 @@ def _options() -> Options:
         cache_dir=cache_dir(),
         barred=not smoke and settings.model == bars.MODEL and settings.dtype == "bfloat16",
     )
+
+
+def _numbers(words: list[str]) -> list[int]:
+    if not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--alone={','.join(words)}: each must be the number of a device, from 0.")
+    return [int(word) for word in words]
 
 
 if __name__ == "__main__":

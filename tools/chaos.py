@@ -7,11 +7,14 @@ Every seed is a small fleet, its clients and their misfortunes; the real cores r
 and all invariants are checked after every event (serving/sim/faults/run.py). The first seed that
 breaks a rule is shrunk to the little that it takes, and written to a file that --replay runs again
 to the same end, byte for byte. A table shows how often which mishap met requests in which stage.
-The exit status is 1 if a rule was broken.
+The exit status is 1 if a rule was broken. What Ctrl-C stops says what was found until then.
 """
 
+import errno
+import os
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from absl import app, flags
@@ -32,9 +35,13 @@ from serving.sim.faults.seed_search import Tally, search
 from serving.sim.faults.shrink import shrink
 from serving.sim.literal import LiteralError
 
-_SEEDS = flags.DEFINE_integer("seeds", 2000, "How many seeds to run.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 2000, "How many seeds to run.", lower_bound=1, upper_bound=10_000_000
+)
 _FIRST = flags.DEFINE_integer("first", 0, "The first of them.", lower_bound=0)
-_JOBS = flags.DEFINE_integer("jobs", 1, "Processes side by side, a core each.", lower_bound=1)
+_JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Processes side by side, a core each.", lower_bound=1, upper_bound=1024
+)
 _SHRINK_RUNS = flags.DEFINE_integer(
     "shrink_runs", 1000, "Runs spent on shrinking one seed per broken rule; 0: none.", lower_bound=0
 )
@@ -49,21 +56,39 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"Unexpected argument {arguments[1]!r}; see --help.")
     try:
         broken = _replay(Path(_REPLAY.value)) if _REPLAY.value else _search()
-    except (LiteralError, OSError) as error:
+    except LiteralError as error:
         sys.exit(f"chaos: {error}")
+    except OSError as error:
+        file = f"{error.filename} cannot be written" if error.filename else "cannot print"
+        sys.exit(f"chaos: {file}: {error.strerror}.")
+    except KeyboardInterrupt:
+        print("chaos: stopped before the end.", file=sys.stderr)
+        sys.exit(130)
     sys.exit(int(broken))
 
 
 def _search() -> bool:
+    if _SHRINK_RUNS.value:
+        _check_folder(Path(_FAILURES.value))
     started = said_at = time.monotonic()
     found = Tally()
-    for tally in search(_FIRST.value, _SEEDS.value, _JOBS.value):
-        for failure in tally.failures:
-            _report(failure)
-        found.add(tally)
-        if time.monotonic() >= said_at + _PROGRESS_EVERY_S:
-            said_at = time.monotonic()
-            print(f"{found.seeds} of {_SEEDS.value} seeds, {_speed(found, started)}", flush=True)
+    stopped = ""
+    try:
+        for tally in search(_FIRST.value, _SEEDS.value, _JOBS.value):
+            for failure in tally.failures:
+                _report(failure)
+            found.add(tally)
+            if time.monotonic() >= said_at + _PROGRESS_EVERY_S:
+                said_at = time.monotonic()
+                print(
+                    f"{found.seeds} of {_SEEDS.value} seeds, {_speed(found, started)}", flush=True
+                )
+    except KeyboardInterrupt:
+        stopped = "stopped"
+    except BrokenProcessPool:
+        stopped = "one of the --jobs processes died (killed, or out of memory; try fewer)"
+    if not found.seeds:
+        sys.exit(f"chaos: {stopped} before the first seeds were done.")
     print(f"\n{found.coverage.table()}\n")
     missed = found.coverage.missed()
     print(f"Never hit: {len(missed)} cells" + (":" if missed else "."))
@@ -75,7 +100,18 @@ def _search() -> bool:
     )
     if _SHRINK_RUNS.value:
         _shrink_first_of_each_rule(found.failures)
+    if stopped:
+        sys.exit(f"chaos: {stopped} after {found.seeds} of {_SEEDS.value} seeds.")
     return bool(found.failures)
+
+
+def _check_folder(path: Path) -> None:
+    """Before the search, not after it. Raises OSError if no file can be made there."""
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def _speed(found: Tally, started: float) -> str:

@@ -53,6 +53,11 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"Unexpected argument {arguments[1]!r}; see --help.")
     try:
+        for flag in (_SECONDS, _COPY, _WEIGHTS, _COLD):
+            if not 0 < flag.value < float("inf"):
+                raise ValueError(
+                    f"--{flag.name}={flag.value:g}: it must be more than 0 and finite."
+                )
         results.check_writable(_PROFILE.value)
         settings = _smoke_settings() if _SMOKE.value else engine_settings()
         built = build(settings, cache_dir())

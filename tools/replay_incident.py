@@ -16,6 +16,7 @@ latencies as recorded, as modelled under the recorded settings (how far to trust
 fitted to the log's own steps) and as modelled under the others.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,19 @@ def main(arguments: list[str]) -> int:
         except LumenError as error:
             print(f"replay_incident: {error}", file=sys.stderr)
             status = 2
+        except OSError as error:  # a full disk, or nobody reads on
+            sys.exit(_not_printed(error))
+        except KeyboardInterrupt:
+            print(f"replay_incident: Stopped before the end of {name}.", file=sys.stderr)
+            return 130
     return status
+
+
+def _not_printed(error: OSError) -> int:
+    print(f"replay_incident: What was found cannot be printed: {error.strerror}.", file=sys.stderr)
+    # What is still to be printed would be tried again at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2
 
 
 def _one(path: Path) -> int:
@@ -61,7 +74,7 @@ def _one(path: Path) -> int:
         print(line(entry.number, entry.now - first[0], entry.event, answer))
 
     outcome = replay(path, seen=show if _SHOW.value else None)
-    print("\n".join(report(path, outcome)))
+    print("\n".join(report(path, outcome)), flush=True)
     return 0 if outcome.difference is None else 1
 
 
@@ -73,7 +86,9 @@ def _what_if(path: Path) -> int:
         "modelled": run_again(run, config),
         ", ".join(_WHAT_IF.value): run_again(run, changed(config, _WHAT_IF.value)),
     }
-    print("\n".join(table(columns)))
+    if run.notice:
+        print(run.notice)
+    print("\n".join(table(columns)), flush=True)
     return 0
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.engine.event_sink import EventSink
-from serving.incident.cores import code_identity, make
+from serving.errors import ConfigurationError
+from serving.incident.cores import Handle, code_identity, make
 from serving.incident.log_file import Entry, Header, LogReader, digest
 from serving.incident.values import encode
 
@@ -47,7 +48,7 @@ def replay(
     longer be made.
     """
     with LogReader(path) as log:
-        handle = make(log.header.parts)
+        handle = _made(path, log.header)
         events = 0
         difference = None
         for entry in log.entries():
@@ -67,3 +68,12 @@ def replay(
                 break
         other = log.header.code != code_identity()
         return Replay(log.header, events, difference, log.notice, other)
+
+
+def _made(path: Path, header: Header) -> Handle:
+    try:
+        return make(header.parts)
+    except (ValueError, ArithmeticError, MemoryError) as error:
+        raise ConfigurationError(
+            f"{path}: no core can be made of the settings of {header.name} ({error})."
+        ) from error

@@ -49,8 +49,8 @@ def main(argv: list[str]) -> int:
     try:
         values, scenario = _parse(argv)
         json_path = Path(values.json) if values.json else None
-        if json_path is not None and not json_path.parent.is_dir():
-            raise ConfigurationError(f"--json: there is no folder {json_path.parent}.")
+        if json_path is not None:
+            _check_writable(json_path)
         fleet = FleetRun(
             scenario.config,
             scenario.workload,
@@ -62,13 +62,32 @@ def main(argv: list[str]) -> int:
         began = time.perf_counter()
         result = _run(fleet)
         took_s = time.perf_counter() - began
+        _report(scenario, result, took_s, json_path)
     except LumenError as error:
         say(str(error))
         return EXIT_CONFIGURATION
+    except OSError as error:  # a full disk, or nobody reads what is printed
+        say(f"The figures cannot be written: {error.strerror}.")
+        return 1
     except KeyboardInterrupt:
+        say("Stopped before the end; no figures were written.")
         return 130
-    _report(scenario, result, took_s, json_path)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before the run, not after it. Raises ConfigurationError."""
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"--json: there is no folder {path.parent}.")
+    try:
+        new = not path.exists()
+        with path.open("a", encoding="utf-8"):
+            pass
+        if new:
+            path.unlink()
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise ConfigurationError(f"--json: {path} cannot be written: {why}.") from error
 
 
 def _run(fleet: FleetRun) -> FleetResult:

@@ -72,6 +72,8 @@ def _read(readers: Mapping[Any, Reader], kind: Any, value: Any, where: str) -> A
         return float(value)
     if type(value) is not kind:
         raise _wrong(where, value, _SPELLED[kind])
+    if value != value:
+        raise _wrong(where, value, "a number")
     return value
 
 

@@ -23,6 +23,9 @@ from serving.sim.cost_fit import FitError, Measured
 from serving.sim.cost_model import CostModel, Curve
 from serving.sim.literal import LiteralError, Reader, from_literal
 
+MOST_BLOCKS = 1 << 24  # of KV; a device of today has some 10,000
+_MOST = {"num_rows": 1 << 16, "num_blocks": MOST_BLOCKS, "block_size": 1 << 20}
+
 
 class ProfileError(ConfigurationError):
     """A profile cannot be used; the message names the file and what is wrong in it."""
@@ -117,10 +120,13 @@ def read_profile(path: Path) -> Profile:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProfileError(f"Profile {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
         raise ProfileError(f"Profile {path} is no JSON: {error}.") from error
     try:
         profile: Profile = from_literal(Profile, content, readers=_READERS)
+        for name, most in _MOST.items():
+            if (value := getattr(profile.executor, name)) > most:
+                raise ProfileError(f"executor.{name} is {value}; it must be at most {most}.")
         profile.executor.config()
     except (LiteralError, ConfigurationError) as error:
         raise ProfileError(f"Profile {path}: {error}") from error

@@ -30,6 +30,7 @@ from serving.sim.world import World
 
 type Key = tuple[str, int]
 
+_SPELLED = {bool: "true or false", int: "a whole number", float: "a number"}
 _OWN_END = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -77,12 +78,13 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class EngineRun:
-    """What a log says of a live run, times from its first event on."""
+    """What a log says of a live run, times from its first event on. notice: see Replay."""
 
     parts: EngineParts
     arrivals: tuple[tuple[float, AddRequest | CancelRequest], ...]
     timings: Timings
     cost: StepCost
+    notice: str = ""
 
 
 def read_run(path: Path) -> EngineRun:
@@ -103,6 +105,8 @@ def read_run(path: Path) -> EngineRun:
             timings.arrived(event.request, now)
         elif isinstance(event, CancelRequest):
             arrivals.append((now, event))
+        elif isinstance(answer, Exception):
+            pass  # the core refused the event
         elif isinstance(event, StepDone) and event.result.error is None:
             steps.done(event.result.tokens.shape[1], now)
         for effect in () if isinstance(answer, Exception) else answer:
@@ -118,7 +122,7 @@ def read_run(path: Path) -> EngineRun:
         raise ConfigurationError(f"--what_if: {path} is of {outcome.header.name}, not an engine.")
     if outcome.difference is not None:
         raise ConfigurationError(f"--what_if: {path} does not replay; see what differs without it.")
-    return EngineRun(parts, tuple(arrivals), timings, steps.cost(path))
+    return EngineRun(parts, tuple(arrivals), timings, steps.cost(path), outcome.notice)
 
 
 def run_again(run: EngineRun, config: EngineConfig) -> Timings:
@@ -166,9 +170,10 @@ def changed(config: EngineConfig, settings: Sequence[str]) -> EngineConfig:
             else:
                 raise KeyError
         except (KeyError, ValueError) as error:
-            able = ", ".join(one for one, kind in kinds.items() if kind in (bool, int, float))
+            able = ", ".join(one for one, kind in kinds.items() if kind in _SPELLED)
+            value = f"; the value of {name} is {_SPELLED[kind]}" if kind in _SPELLED else ""
             raise ConfigurationError(
-                f"--what_if is {setting!r}; it must be name=value, the name one of {able}."
+                f"--what_if is {setting!r}; it must be name=value, the name one of {able}{value}."
             ) from error
     return replace(config, **values)  # type: ignore[arg-type]
 

@@ -189,3 +189,12 @@ def test_a_child_is_found_by_what_it_runs():
         with pytest.raises(RuntimeError, match=r"no child that runs serving\.launch\.worker"):
             child_running(os.getpid(), "serving.launch.worker")
         process.kill()
+
+
+def test_devices_that_are_no_numbers_are_refused():
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--smoke", "--alone=x"],
+        capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "--alone=x: each must be the number of a device" in done.stderr

@@ -62,8 +62,9 @@ def test_a_broken_core_is_reported_shrunk_and_replayed(tmp_path):
         (["--first=-1"], "--first=-1"),
         (["--jobs=0"], "--jobs=0"),
         (["17"], "Unexpected argument '17'"),
-        (["--replay=/nowhere/run.json"], "chaos: [Errno 2] No such file or directory"),
+        (["--replay=/nowhere/run.json"], "run.json cannot be read: No such file or directory"),
         ([f"--replay={__file__}"], "is not JSON"),
+        ([f"--failures={__file__}"], "test_chaos.py cannot be written: Not a directory."),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_by_name(arguments, message):
@@ -71,3 +72,24 @@ def test_wrong_flags_are_refused_by_name(arguments, message):
     assert done.returncode == 1
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+STOPPED = f"""
+import runpy, sys
+sys.path.insert(0, {str(TOOL.parents[1])!r})
+import serving.sim.faults.seed_search as it
+run_seeds = it.run_seeds
+def run(seeds):
+    if seeds.start:
+        raise KeyboardInterrupt
+    return run_seeds(seeds)
+it.run_seeds = run
+runpy.run_path({str(TOOL)!r}, run_name="__main__")
+"""
+
+
+def test_a_search_that_is_stopped_says_what_it_found():
+    done = chaos("--seeds=50", code=STOPPED)
+    assert done.returncode == 1
+    assert "25 seeds from 0 on" in done.stdout
+    assert done.stderr == "chaos: stopped after 25 of 50 seeds.\n"

@@ -88,3 +88,13 @@ def test_smoke_run_writes_a_profile(tmp_path):
     assert profile.moves.kv_bytes_per_token > 0
     assert len(profile.measured) >= 10
     assert all(len(step.samples) >= 2 for step in profile.measured)
+
+
+@pytest.mark.parametrize("flag", ["--copy_gb_s=0", "--point_seconds=nan"])
+def test_speeds_and_times_that_are_none_are_refused_before_the_start(flag):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/profile_executor.py"), "--smoke", flag],
+        capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"profile_executor: {flag}: it must be more than 0 and finite." in done.stderr

@@ -85,3 +85,17 @@ def test_what_if_stands_beside_what_was(tmp_path):
     wrong = run("--what_if=speed=2", recorded(tmp_path))
     assert wrong.returncode == 2
     assert "speed=2" in wrong.stderr
+    wrong = run("--what_if=spread_steps=1e3", recorded(tmp_path))
+    assert wrong.returncode == 2
+    assert "the value of spread_steps is a whole number." in wrong.stderr
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--show", str(recorded(tmp_path))],
+            stdout=full, stderr=subprocess.PIPE, text=True, env={"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be printed: No space left on device." in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,15 +4,18 @@ import hashlib
 import json
 import re
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from lumen.errors import LumenError
+from serving.cluster.gateway_events import GatewayConfig
 from serving.sim.faults.coverage import Coverage
 from serving.sim.faults.run import FaultRun
 from serving.sim.faults.scenario import Scenario, draw_scenario
 from serving.sim.literal import LiteralError, from_literal, to_literal
 from serving.sim.world import World
 
+_MOST_REPLICAS = 1024  # of a worker in a file
 _PREAMBLE = re.compile(r"^seed \d+, [\d.]+ s: ")
 
 
@@ -83,15 +86,23 @@ def write_run(path: Path, run: RecordedRun) -> None:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """Raises LiteralError if the file is no such run, OSError if it cannot be read."""
+    """Raises LiteralError if the file cannot be read or is no such run."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise LiteralError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
         raise LiteralError(f"{path} is not JSON: {error}.") from None
     try:
         run: RecordedRun = from_literal(RecordedRun, content)
-    except LiteralError as error:
+    except LumenError as error:  # LiteralError, and what settings say of themselves
         raise LiteralError(f"{path}: {error}") from None
+    for place, worker in enumerate(run.scenario.workers):
+        if not 1 <= worker.replicas <= _MOST_REPLICAS:
+            raise LiteralError(
+                f"{path}: scenario.workers[{place}].replicas is {worker.replicas}; it must be from "
+                f"1 to {_MOST_REPLICAS}."
+            )
     for place, fault in enumerate(run.scenario.faults):
         workers = run.scenario.workers
         if not (
@@ -100,7 +111,22 @@ def read_run(path: Path) -> RecordedRun:
             raise LiteralError(
                 f"{path}: scenario.faults[{place}] names a worker that is not there."
             )
+    _check_times(path, run.scenario.gateway)
+    try:
+        FaultRun(run.seed, run.scenario)
+    except (ValueError, ArithmeticError, MemoryError, LumenError) as error:
+        raise LiteralError(f"{path}: no fleet can be made of its scenario: {error}") from None
     return run
+
+
+def _check_times(path: Path, gateway: GatewayConfig) -> None:
+    """A gateway that waits for nothing never lets time go on."""
+    for field in fields(gateway):
+        value = getattr(gateway, field.name)
+        if isinstance(value, float) and not value > 0:
+            raise LiteralError(
+                f"{path}: scenario.gateway.{field.name} is {value}; it must be more than 0."
+            )
 
 
 def rule_of(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Runs many seeds, on several cores if asked, and adds up what they show."""
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,8 @@ class Tally:
 def search(first: int, count: int, jobs: int = 1) -> Iterator[Tally]:
     """Run seeds first .. first + count - 1; yields what each few of them came to, in order.
 
-    With jobs > 1 in as many processes, which import everything anew.
+    With jobs > 1 in as many processes, which import everything anew. Raises BrokenProcessPool if
+    one of them dies.
     """
     groups = [
         range(start, min(start + _SEEDS_AT_A_TIME, first + count))
@@ -42,7 +44,11 @@ def search(first: int, count: int, jobs: int = 1) -> Iterator[Tally]:
         yield from map(run_seeds, groups)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(groups)), mp_context=context) as pool:
+    # Ctrl-C reaches every process of the terminal; the one that waits for the others ends them.
+    ignored = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(
+        min(jobs, len(groups)), mp_context=context, initializer=signal.signal, initargs=ignored
+    ) as pool:
         yield from pool.map(run_seeds, groups)
 
 

@@ -17,7 +17,7 @@ from serving.sim.fleet.records import FleetSample, GapHistogram, RequestTimes
 from serving.sim.fleet.replica import FleetReplica
 from serving.sim.fleet.worker import FleetWorker
 from serving.sim.gateway_node import GatewayNode
-from serving.sim.profile import Profile
+from serving.sim.profile import MOST_BLOCKS, Profile
 from serving.sim.timed_executor import TimedExecutor
 from serving.sim.transport import Link, NetworkFaults
 from serving.sim.workload.requests import Workload
@@ -29,6 +29,9 @@ nobody looks at those between, and their times are kept."""
 
 _WARM_UP_S = 0.5  # until every worker has said hello and reported
 _MOST_SAMPLES = 4096
+_MOST = {"replicas": 1 << 16, "num_blocks": MOST_BLOCKS}
+_LEAST_S = 1e-3  # between reports, and between looks
+_MOST_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +58,23 @@ class FleetConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigurationError."""
         for name in ("replicas", "replicas_per_worker", "num_blocks", "queue"):
-            value = getattr(self, name)
+            value, most = getattr(self, name), _MOST.get(name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
+            if value is not None and most is not None and value > most:
+                raise ConfigurationError(f"{name} is {value}; it must be at most {most}.")
         for name in ("report_s", "sample_s"):
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigurationError(f"{name} is {value}; it must be more than 0.")
+            if value < _LEAST_S:
                 raise ConfigurationError(
-                    f"{name} is {getattr(self, name)}; it must be more than 0."
+                    f"{name} is {value}; it must be at least {_LEAST_S:g}: the run would come to "
+                    "nothing else."
                 )
+        for name in ("network_s", "report_s", "sample_s"):
+            if (value := getattr(self, name)) > _MOST_S:
+                raise ConfigurationError(f"{name} is {value}; it must be at most {_MOST_S:g}.")
         if not self.network_s >= 0:
             raise ConfigurationError(f"network_s is {self.network_s}; it must not be negative.")
 

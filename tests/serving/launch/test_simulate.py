@@ -87,3 +87,24 @@ def test_a_folder_that_is_not_there_is_refused_first(scenario, tmp_path, capsys)
 def test_help_names_the_flags(capsys):
     assert main(["lumen-simulate", "--help"]) == 0
     assert "--json=FILE" in capsys.readouterr().out
+
+
+def test_a_results_file_that_cannot_be_written_is_refused_before_the_run(
+    scenario, tmp_path, capsys
+):
+    for path, why in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / ("n" * 300), "File name too long"),
+    ):
+        assert main(["lumen-simulate", scenario, f"--json={path}"]) == 2
+        told = capsys.readouterr()
+        assert f"--json: {path} cannot be written: {why}." in told.err
+        assert not told.out
+    assert [one.name for one in tmp_path.iterdir()] == ["small.toml"]
+
+
+def test_a_full_disk_costs_the_file_and_not_the_table(scenario, capsys):
+    assert main(["lumen-simulate", scenario, "--json=/dev/full"]) == 1
+    told = capsys.readouterr()
+    assert "all, TTFT" in told.out
+    assert "cannot be written: No space left on device." in told.err

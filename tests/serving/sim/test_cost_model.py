@@ -149,6 +149,8 @@ def test_a_profile_survives_its_file(tmp_path):
         (("cost", "call_s"), [[2, 1.0], [1, 1.0]], "cost.call_s must have points"),
         (("cost", "call_s"), [[2, 1.0], [3]], r"cost.call_s\[1\] is \[3\]; it must be a list of 2"),
         (("executor", "mixed_calls"), [[256, 63]], "mixed_calls has"),
+        (("executor", "num_rows"), 10**30, "executor.num_rows is 10+; it must be at most 65536"),
+        (("executor", "num_blocks"), 10**30, "executor.num_blocks is 10+; it must be at most"),
         (("executor", "prefill_buckets"), [], "max_prefill_tokens is 0"),
         (("moves",), 3, "moves is 3; it must be the fields of Moves"),
         (
@@ -178,3 +180,6 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(ProfileError, match="is no JSON"):
         read_profile(tmp_path / "text.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ProfileError, match="is no JSON"):
+        read_profile(tmp_path / "deep.json")

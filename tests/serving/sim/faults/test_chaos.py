@@ -210,11 +210,14 @@ def test_scenarios_survive_a_file(seed):
 
 WRONG = {
     "not JSON": ("{", "is not JSON"),
+    "brackets without end": ("[" * 100_000, "is not JSON"),
     "a list": ("[]", "must be the fields of RecordedRun"),
     "a field less": ('{"seed": 1}', "missing: log_sha256, message, rule, scenario"),
 }
 WRONG_PARTS = {
     ("network", "loss"): ("much", "scenario.network.loss is 'much'; it must be a number"),
+    ("network", "duplication"): (float("nan"), "network.duplication is nan; it must be a number"),
+    ("gateway", "worker_silent_s"): (0, "gateway.worker_silent_s is 0.0; it must be more than 0"),
     ("network", "lost"): (0.5, "scenario.network has not the fields of NetworkFaults; unknown: l"),
     ("network", "delay"): ([0.1], "scenario.network.delay is .* a list of 2"),
     ("numerics", "drift"): (1, "scenario.numerics.drift is 1; it must be true or false"),
@@ -248,4 +251,25 @@ def test_a_wrong_value_in_a_file_is_named(tmp_path, part):
     content = {"seed": 2, "scenario": scenario, "rule": "", "message": "", "log_sha256": ""}
     (tmp_path / "run.json").write_text(json.dumps(content))
     with pytest.raises(LiteralError, match=message):
+        read_run(tmp_path / "run.json")
+
+
+def test_a_file_of_a_fleet_that_cannot_be_is_refused(tmp_path):
+    for part, value, message in (
+        ("replicas", 10**30, r"workers\[0\].replicas is 10+; it must be from 1 to"),
+        ("engine", {"watermark": 3.0}, "run.json: watermark is 3.0"),
+    ):
+        scenario = to_literal(scenario_of(2))
+        scenario["faults"] = []
+        scenario["workers"][0][part] = value
+        content = {"seed": 2, "scenario": scenario, "rule": "", "message": "", "log_sha256": ""}
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        with pytest.raises(LiteralError, match=message):
+            read_run(tmp_path / "run.json")
+    scenario = to_literal(scenario_of(2))
+    scenario["faults"] = []
+    scenario["workers"][0]["numerics"]["limits"]["block_size"] = 0
+    content["scenario"] = scenario
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(LiteralError, match="no fleet can be made of its scenario"):
         read_run(tmp_path / "run.json")
