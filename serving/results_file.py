@@ -69,12 +69,17 @@ def percentiles(samples: Samples) -> dict[str, float]:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Store as readable JSON, a row's samples on one line each."""
+    """Store as `text`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text(content), encoding="utf-8")
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """Readable JSON, a row's samples on one line each."""
     rows = ",\n    ".join(json.dumps(one, ensure_ascii=False) for one in content["rows"])
     head = {key: value for key, value in content.items() if key != "rows"}
-    text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-    path.write_text(f'{text},\n  "rows": [\n    {rows}\n  ]\n}}\n', encoding="utf-8")
+    start = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{start},\n  "rows": [\n    {rows}\n  ]\n}}\n'
 
 
 def _commit() -> str:

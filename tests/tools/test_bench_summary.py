@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,14 @@ def test_results_file_has_the_agreed_form_and_reads_back(tmp_path):
     assert again["rows"][0]["median"] == 1.5
     assert again["versions"]["torch"] == "2"
     assert table_of("title", rows).row_count == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_what_a_full_disk_does_not_take_is_printed(tmp_path, capsys):
+    content = results.results([row("a", "ms", [1.5])], {}, {})
+    table = tmp_path / "table.md"
+    with pytest.raises(SystemExit, match=r"/dev/full cannot be written .* stands above instead"):
+        results.publish(content, None, "| a | 1.5 |", "No bars.", ("/dev/full", str(table)))
+    out = capsys.readouterr().out
+    assert json.loads(out[: out.rindex("}") + 1])["rows"][0]["samples"] == [1.5]
+    assert "| a | 1.5 |" in table.read_text()

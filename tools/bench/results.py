@@ -35,20 +35,28 @@ def publish(
 
     device: what computed, as it is called; None: the machine itself. bars: what peer, floor and
     aim are of. to: paths of the JSON file and of the table; where one is empty the first is not
-    written, and the second printed.
+    written, and the second printed. What cannot be written is printed, and ends the program.
     """
     json_path, table_path = to
     if device is not None:
         content["hardware"] = f"{device}; {content['hardware']}"
-    if json_path:
-        results_file.write(Path(json_path), content)
-        print(f"Wrote {json_path}")
     text = f"{content['hardware']}, {content['date']}. {bars}\n\n{table}"
-    if table_path:
-        Path(table_path).write_text(text, encoding="utf-8")
-        print(f"Wrote {table_path}")
-    else:
+    if not table_path:
         print(f"\n{text}")
+    lost = []
+    for path, written in ((json_path, results_file.text(content)), (table_path, text)):
+        if not path:
+            continue
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(written, encoding="utf-8")
+        except OSError as error:  # a full disk: what took minutes to measure goes where it can
+            print(written)
+            lost.append(f"{path} cannot be written ({error.strerror}); it stands above instead.")
+        else:
+            print(f"Wrote {path}")
+    if lost:
+        sys.exit("\n".join(lost))
 
 
 def check_writable(*paths: str) -> None:
